@@ -1,0 +1,174 @@
+"""What a run is, as plain frozen dataclasses: the only form of the configuration that code sees.
+
+YAML can set nothing that is not a field here; `conf/load.py` turns Hydra's result into these and reports typos and wrong
+types, `conf/validate.py` holds the rules that span fields. This file imports no torch and no Hydra.
+Architecture fields carry the names of Hugging Face's `DeepseekV32Config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `factor` 1 is plain RoPE; above 1 it is YaRN (arXiv 2309.00071) as DeepSeek-V3 uses it."""
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V3-family architecture with a lightning indexer (DeepSeek-V3.2). Names are Hugging Face's."""
+
+    vocab_size: int = 1536
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    moe_intermediate_size: int = 96
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    q_lora_rank: int = 96
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    n_routed_experts: int = 8
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    n_group: int = 2
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 1
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    num_nextn_predict_layers: int = 1
+    mtp: str = "keep"  # keep | drop the multi-token-prediction layer of a checkpoint
+    index_n_heads: int = 16
+    index_head_dim: int = 32
+    index_topk: int = 64
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_mtp_layers(self) -> int:
+        return self.num_nextn_predict_layers if self.mtp == "keep" else 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "stdlib"  # stdlib | synthetic | files | hf
+    path: str | None = None  # files: file, glob or folder; hf: a `datasets` name or a local set
+    split: str = "train"  # hf: the split to read
+    text_key: str = "text"
+    tokenizer: str = "auto"  # auto | bytes | a tokenizer folder | train:VOCAB
+    seq_len: int = 512
+    heldout: float = 0.05  # share of documents (by hash) that no training step ever sees
+    synthetic_share: float = 0.0  # share of tokens of worked arithmetic mixed into another source
+    operand_digits: int = 2  # synthetic: decimal digits of an operand at most
+    max_bad_rows: int = 100  # malformed rows that are skipped before it is an error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100
+    seed: int = 0
+    micro_batches: int = 1  # sequences that one data-parallel replica takes in a step
+    log_every: int = 10
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    mtp_weight: float = 0.1  # lambda of DeepSeek-V3, eq. 25
+    balance_weight: float = 1e-4  # alpha of DeepSeek-V3, eq. 17
+    bias_update_speed: float = 1e-3  # gamma of DeepSeek-V3, sec. 2.1.2
+    activation_checkpointing: bool = False
+    max_skipped_steps: int = 10  # steps lost to the loss guards before the run stops
+    spike_factor: float = 3.0  # a loss above this multiple of the running median is a spike
+    eval_sequences: int = 32  # evaluate: held-out sequences
+    threads: int = 0  # CPU threads a process; 0 leaves torchrun's choice
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float | None = None  # null: the stage's own (train/stages.py), by the width of the model
+    indexer_lr: float | None = None  # null: the stage's own
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0 switches clipping off
+    schedule: str = "cosine"  # cosine | constant
+    warmup_steps: int = 10
+    final_lr_share: float = 0.1  # cosine ends at this share of lr
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    zero: int = 1
+    ep: int = 1
+    cp: int = 1
+    offload: str = "none"
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    name: str = "fp32"  # fp32 | bf16 (fp32 parameters, bf16 matrix products) | fp8
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    name: str = "wandb"  # wandb (offline where no WANDB_API_KEY is set) | none
+    project: str = "winnow"
+    run_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    profile: str = "standard"  # standard | speciale
+    path: str | None = None  # JSONL of {"prompt", "answer"}; null: arithmetic generated here
+    prompts_per_step: int = 16  # prompts of the whole world in an iteration
+    group_size: int = 8  # G: samples a prompt
+    mini_batches: int = 1  # optimiser steps an iteration
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
+    advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
+    reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
+    length_penalty: float = 0.0  # reward lost by an answer that fills max_new_tokens
+    tools: bool = False
+    reward_timeout_s: float = 10.0
+    reward_workers: int = 1
+    eval_prompts: int = 256  # evaluate: held-out problems
+    pack_len: int = 1024  # tokens of one packed training sequence
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    stage: str
+    output_dir: str
+    init_from: str | None = None
+    resume: str = "auto"  # auto | never (a folder that holds a run is then refused)
+    kernels: str = "auto"  # auto | torch | triton | cudnn
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
