@@ -1,0 +1,163 @@
+"""Multi-head latent attention in its two forms, with the lightning indexer beside it (DeepSeek-V2 sec. 2.1, V3.2 sec. 2.1).
+
+Dense attention runs decompressed (per-head keys [nope | rope]); sparse attention runs absorbed: queries are carried into the
+latent space once and every selected token costs one shared row [c_kv | k_rope]. Both give the same result when the selection
+holds every visible token.
+The indexer's inputs are detached, and its loss leaves here with ready-made parameter gradients (`local_loss`), so its graph is
+gone before the next layer runs: the trunk may run under no_grad, and no activation of 61 layers is kept for the indexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from model.indexer import LightningIndexer
+from model.layers import RMSNorm
+from model.ops.common import IndexKL, with_gradients
+from model.ops.index_kl_dense import index_kl_dense
+from model.ops.index_kl_selected import index_kl_selected
+from model.ops.index_topk import index_topk
+from model.ops.mla_dense import mla_dense
+from model.ops.sparse_mla import sparse_mla
+from model.rope import rotate_interleaved, softmax_scale
+
+LATENT_EPS = 1e-6  # of q_a and kv_a norms, whatever rms_norm_eps says
+
+
+class KVUpProjection(nn.Module):
+    """Owns W_UK and W_UV ([H * (nope + v), kv_lora_rank], interleaved by head) and applies them in either form."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.nope, self.v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        self.weight = nn.Parameter(torch.empty(self.heads * (self.nope + self.v), config.kv_lora_rank))
+
+    def forward(self, x: Tensor, form: str) -> Tensor:
+        """`expand`: latent [..., C] -> [..., H, nope + v]; `query`: q_nope [..., H, nope] -> [..., H, C];
+        `value`: latent output [..., H, C] -> [..., H, v]."""
+        if form == "expand":
+            return nn.functional.linear(x, self.weight).unflatten(-1, (self.heads, self.nope + self.v))
+        w_uk, w_uv = self.weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
+        if form == "query":
+            return torch.einsum("...hn,hnc->...hc", x, w_uk)
+        assert form == "value", form
+        return torch.einsum("...hc,hvc->...hv", x, w_uv)
+
+
+class Projected(NamedTuple):
+    """MLA's projections of x [..., D]: q_nope [..., H, nope], q_rope [..., H, rope], latent [..., C], k_rope [..., rope],
+    q_latent [..., q_lora_rank] (normalised; the indexer's input)."""
+
+    q_nope: Tensor
+    q_rope: Tensor
+    latent: Tensor
+    k_rope: Tensor
+    q_latent: Tensor
+
+
+class MLA(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.heads, self.topk = heads, config.index_topk
+        self.nope, self.rope, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank
+        self.scale = softmax_scale(config.rope, config.qk_head_dim)
+        self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_EPS)
+        self.kv_b_proj = KVUpProjection(config)
+        self.o_proj = nn.Linear(heads * self.v, hidden, bias=False)
+        self.indexer = LightningIndexer(config)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Projected:
+        q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.nope + self.rope))
+        q_nope, q_rope = q.split([self.nope, self.rope], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.rope], -1)
+        return Projected(
+            q_nope,
+            rotate_interleaved(q_rope, cos, sin),
+            self.kv_a_layernorm(latent),
+            rotate_interleaved(k_rope, cos, sin),
+            q_latent,
+        )
+
+    def absorb(self, p: Projected) -> tuple[Tensor, Tensor]:
+        """Queries [..., H, C + rope] in the latent space and the shared rows [..., C + rope]."""
+        return torch.cat([self.kv_b_proj(p.q_nope, "query"), p.q_rope], -1), torch.cat([p.latent, p.k_rope], -1)
+
+    def output(self, latent_out: Tensor) -> Tensor:
+        """[..., H, C] attention output in the latent space -> [..., D]."""
+        return self.o_proj(self.kv_b_proj(latent_out, "value").flatten(-2))
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor,
+        attention: str,
+        indexer_loss: str | None,
+        stats: bool,
+    ) -> tuple[Tensor, IndexKL | None]:
+        """x [T, D] after the input norm, cos/sin [T, rope/2], doc_start [T] -> ([T, D], indexer loss or None)."""
+        p = self.project(x, cos, sin)
+        if attention == "dense":
+            return self._dense(x, p, cos, sin, doc_start, indexer_loss, stats)
+        return self._sparse(x, p, cos, sin, doc_start, indexer_loss, stats)
+
+    def _dense(
+        self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, doc_start: Tensor, indexer_loss: str | None, stats: bool
+    ) -> tuple[Tensor, IndexKL | None]:
+        k_nope, v = self.kv_b_proj(p.latent, "expand").split([self.nope, self.v], -1)
+        q = torch.cat([p.q_nope, p.q_rope], -1)
+        k = torch.cat([k_nope, p.k_rope.unsqueeze(-2).expand(-1, self.heads, -1)], -1)
+        out = self.o_proj(mla_dense(q, k, v, doc_start, self.scale).flatten(-2))
+        if indexer_loss is None:
+            return out, None
+        assert indexer_loss == "dense", indexer_loss
+        topk = self.topk if stats else None
+
+        def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
+            return index_kl_dense(q.detach(), k.detach(), self.scale, q_i, k_i, w, doc_start, topk)
+
+        return out, self.local_loss(loss, x, p.q_latent, cos, sin)
+
+    def _sparse(
+        self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, doc_start: Tensor, indexer_loss: str | None, stats: bool
+    ) -> tuple[Tensor, IndexKL | None]:
+        with torch.no_grad():
+            index = self.indexer(x, p.q_latent, cos, sin)
+            idx = index_topk(*index, doc_start, self.topk)
+        q, kv = self.absorb(p)
+        latent_out, lse = sparse_mla(q, kv, idx, self.scale, self.kv_lora_rank)
+        out = self.output(latent_out.to(x.dtype))
+        if indexer_loss is None:
+            return out, None
+        assert indexer_loss == "selected", indexer_loss
+
+        def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
+            return index_kl_selected(q.detach(), kv.detach(), lse, idx, self.scale, q_i, k_i, w, stats)
+
+        return out, self.local_loss(loss, x, p.q_latent, cos, sin)
+
+    def local_loss(
+        self, loss: Callable[[Tensor, Tensor, Tensor], IndexKL], x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor
+    ) -> IndexKL:
+        """The indexer's loss on detached inputs, its parameter gradients made at once and its graph dropped."""
+        parameters = [p for p in self.indexer.parameters() if p.requires_grad]
+        with torch.set_grad_enabled(bool(parameters)):
+            found = loss(*self.indexer(x.detach(), q_latent.detach(), cos, sin))
+            if not parameters or not found.kl_sum.requires_grad:
+                return found
+            gradients = torch.autograd.grad(found.kl_sum, parameters)
+            found.kl_sum = with_gradients(found.kl_sum.detach(), parameters, list(gradients))
+        return found

@@ -1,0 +1,132 @@
+"""DeepSeekMoE with auxiliary-loss-free balancing (DeepSeek-V3, sec. 2.1.2).
+
+Scores are sigmoids; a bias that no gradient touches steers only the *choice* of experts, the gate values come from the bare
+scores. The MoE hands tokens to a `TokenDispatcher`, so expert parallelism is another dispatcher, not a branch here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import ModelConfig
+from model.layers import MLP
+from model.ops.common import no_autocast
+
+
+class Routing(NamedTuple):
+    """experts [T, K] int64, gates [T, K] fp32 and the full sigmoid scores [T, E] fp32."""
+
+    experts: Tensor
+    gates: Tensor
+    scores: Tensor
+
+
+class Router(nn.Module):
+    """Group-limited top-k choice (V3, eq. 12-16); parameter, product and bias stay in fp32."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.top_k, self.groups, self.top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+
+    def forward(self, x: Tensor) -> Routing:
+        """x [T, D] -> Routing."""
+        with no_autocast(x):
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()
+            with torch.no_grad():
+                experts = self._choose(scores + self.e_score_correction_bias)
+            gates = scores.gather(1, experts)
+            if self.normalise:
+                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts, gates * self.factor, scores)
+
+    def _choose(self, biased: Tensor) -> Tensor:
+        if self.groups > 1:
+            grouped = biased.view(biased.shape[0], self.groups, -1)
+            group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            kept = torch.zeros_like(group_scores, dtype=torch.bool)
+            kept.scatter_(1, group_scores.topk(self.top_groups, dim=-1).indices, True)
+            biased = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        return biased.topk(self.top_k, dim=-1).indices
+
+
+class Experts(nn.Module):
+    """All routed experts as 3-D tensors: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = nn.Parameter(torch.empty(num, inner, hidden))
+        self.w2 = nn.Parameter(torch.empty(num, hidden, inner))
+        self.w3 = nn.Parameter(torch.empty(num, inner, hidden))
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """x [N, D] sorted by expert, `counts` rows for each -> [N, D]."""
+        outputs = []
+        # unbind, not indexing: its backward stacks the slices once instead of adding E full-size tensors
+        for part, w1, w2, w3 in zip(x.split(counts), self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True):
+            outputs.append(F.linear(F.silu(F.linear(part, w1)) * F.linear(part, w3), w2))
+        return torch.cat(outputs)
+
+
+class TokenDispatcher(Protocol):
+    """Carries tokens to their experts and back: x [T, D], routing -> sum over K of gate * expert(x), [T, D]."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: nn.Module, num_experts: int) -> Tensor: ...
+
+
+def local_dispatch(x: Tensor, routing: Routing, experts: nn.Module, num_experts: int) -> Tensor:
+    """Every expert is here. No capacity, so no token is ever dropped."""
+    top_k = routing.experts.shape[1]
+    flat = routing.experts.flatten()
+    order = flat.argsort(stable=True)
+    token = order // top_k
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    out = experts(x.index_select(0, token), counts)
+    gated = out.float() * routing.gates.flatten().index_select(0, order).unsqueeze(1)
+    return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, gated).to(x.dtype)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher = local_dispatch) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.num_experts, self.dispatcher = config.n_routed_experts, dispatcher
+
+    def forward(self, x: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> (out [T, D], tokens routed to each expert [E] int64, balance loss). Padding is computed, not counted."""
+        routing = self.gate(x)
+        out = self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x)
+        real = doc_start <= torch.arange(x.shape[0], device=x.device)
+        counts = torch.bincount(routing.experts[real].flatten(), minlength=self.num_experts)
+        return out, counts, balance_loss(routing, doc_start, real)
+
+
+def balance_loss(routing: Routing, doc_start: Tensor, real: Tensor) -> Tensor:
+    """Sequence-wise balance loss (V3, eq. 17-20) without its factor alpha, each document a sequence, mean over real tokens.
+
+    Per document: sum_i f_i P_i, f_i = E / (K n) * times expert i was chosen, P_i = mean normalised score of expert i.
+    """
+    num_experts, top_k = routing.scores.shape[1], routing.experts.shape[1]
+    if not bool(real.any()):
+        return routing.scores.sum() * 0.0
+    _, document = torch.unique_consecutive(doc_start[real], return_inverse=True)
+    documents = int(document[-1]) + 1
+    share = routing.scores[real]
+    share = share / share.sum(-1, keepdim=True)
+    length = torch.bincount(document, minlength=documents).unsqueeze(1).float()
+    shape = (documents, num_experts)
+    mean_share = torch.zeros(shape, device=share.device).index_add(0, document, share) / length
+    chosen = torch.zeros(share.shape, device=share.device).scatter_(1, routing.experts[real], 1.0)
+    frequency = torch.zeros(shape, device=share.device).index_add(0, document, chosen) * num_experts / (top_k * length)
+    return ((frequency * mean_share).sum(1, keepdim=True) * length).sum() / length.sum()

@@ -1,0 +1,3 @@
+from model.ops.index_kl_dense.streaming import index_kl_dense
+
+__all__ = ["index_kl_dense"]

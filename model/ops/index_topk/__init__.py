@@ -1,0 +1,3 @@
+from model.ops.index_topk.streaming import index_topk, index_scores_block
+
+__all__ = ["index_topk", "index_scores_block"]

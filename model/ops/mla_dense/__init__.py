@@ -1,0 +1,3 @@
+from model.ops.mla_dense.streaming import mla_dense
+
+__all__ = ["mla_dense"]

@@ -1,0 +1,31 @@
+"""Dense attention in the decompressed form, document by document through torch's SDPA.
+
+One causal call a document needs no [T, T] mask. CPU's flash kernel wants equal query and value widths and otherwise falls
+silently to the quadratic math path, so the narrower of the two is padded with zeros, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops.common import segments
+
+
+def mla_dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) -> Tensor:
+    """Causal attention inside each document.
+
+    Args: q, k [T, H, Dqk], v [T, H, Dv], doc_start [T], scale of the logits. Returns [T, H, Dv]; padding rows are 0.
+    """
+    value_dim, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])).transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    outputs, end = [], 0
+    for start, stop in segments(doc_start):
+        assert start == end, "documents follow one another without a gap"
+        part = (t[:, :, start:stop] for t in (q, k, v))
+        outputs.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale))
+        end = stop
+    if end < q.shape[2]:
+        outputs.append(torch.zeros_like(v[:, :, end:]))
+    return torch.cat(outputs, 2).squeeze(0).transpose(0, 1)[..., :value_dim]

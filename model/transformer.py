@@ -1,0 +1,243 @@
+"""The model: DeepSeek-V3 with a lightning indexer in every layer and multi-token prediction behind (V3 sec. 2, V3.2 sec. 2.1).
+
+The native form is one packed sequence of T tokens; `doc_start[t]` is the first position t may see. Parameters carry Hugging
+Face's names, so that `model/hf.py` is a table. Shapes: T tokens, D hidden, V vocabulary, L layers (MTP's behind the main ones),
+E routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conf.schema import ModelConfig
+from model.layers import MLP, LMHead, RMSNorm
+from model.mla import MLA
+from model.moe import MoE, Router
+from model.ops.common import IndexKL
+from model.rope import rope_table
+
+
+@dataclass
+class ForwardOutput:
+    """Sums over the tokens of one sequence; the loop normalises them by global counts."""
+
+    token_logprobs: Tensor | None  # [T] log p(labels[t]), 0 where masked; differentiable
+    mtp_logprobs: Tensor | None  # [T] the same for mtp_labels
+    balance: Tensor  # sequence-wise balance loss, summed over MoE layers
+    indexer_kl: Tensor | None  # [L] sum over rows of the indexer's KL; differentiable
+    expert_counts: Tensor  # [MoE layers, E] tokens routed
+    stats: dict[str, Tensor]  # [L] sums over rows: kl_uniform, mass, oracle_mass, rows
+    num_rows: Tensor  # real rows of the sequence
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the caller of forward asked each layer for."""
+
+    attention: str
+    indexer_loss: str | None
+    stats: bool
+
+
+class Layer(nn.Module):
+    """norm -> MLA -> residual, norm -> MLP or MoE -> residual."""
+
+    def __init__(self, config: ModelConfig, moe: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | MLP = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor, request: _Request
+    ) -> tuple[Tensor, IndexKL | None, tuple[Tensor, Tensor] | None]:
+        attended, index = self.self_attn(
+            self.input_layernorm(x), cos, sin, doc_start, request.attention, request.indexer_loss, request.stats
+        )
+        x = x + attended
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            out, counts, balance = self.mlp(h, doc_start)
+            return x + out, index, (counts, balance)
+        return x + self.mlp(h), index, None
+
+
+class MTPModule(nn.Module):
+    """Multi-token prediction (V3, sec. 2.2): predicts token t+2 from the trunk's state at t and the embedding of t+1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layer = Layer(config, moe=True)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def combine(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat([self.enorm(next_embedding), self.hnorm(hidden)], -1))
+
+
+class _Collector:
+    """Gathers what the layers report, in layer order."""
+
+    def __init__(self) -> None:
+        self.kl: list[IndexKL] = []
+        self.counts: list[Tensor] = []
+        self.balance: list[Tensor] = []
+
+    def add(self, index: IndexKL | None, moe: tuple[Tensor, Tensor] | None) -> None:
+        if index is not None:
+            self.kl.append(index)
+        if moe is not None:
+            self.counts.append(moe[0])
+            self.balance.append(moe[1])
+
+
+class Transformer(nn.Module):
+    """See the module's head. `activation_checkpointing` recomputes each layer in backward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_mtp_layers))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        next_ids: Tensor,
+        labels: Tensor,
+        mtp_labels: Tensor,
+        positions: Tensor,
+        doc_start: Tensor,
+        *,
+        attention: str = "sparse",
+        indexer_loss: str | None = None,
+        lm_loss: bool = True,
+        trunk_grad: bool = True,
+        stats: bool = False,
+    ) -> ForwardOutput:
+        """One packed sequence; all tensors [T] int64 (see `data/packing.py`).
+
+        attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense attention) or
+        `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under no_grad; stats adds
+        the indexer's health sums.
+        """
+        if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
+            raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
+        request = _Request(attention, indexer_loss, stats)
+        found = _Collector()
+        mtp_logprobs = None
+        # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer
+        with_mtp = len(self.mtp) > 0 and (indexer_loss is not None or (lm_loss and bool((mtp_labels >= 0).any())))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_grad):
+            table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
+            hidden = self._trunk(input_ids, table, doc_start, request, found)
+            token_logprobs = self.lm_head(hidden, labels) if lm_loss else None
+            if with_mtp:
+                mtp_hidden = self._mtp(hidden, next_ids, table, doc_start, request, found)
+                mtp_logprobs = self.lm_head(mtp_hidden, mtp_labels) if lm_loss else None
+        real = doc_start <= torch.arange(doc_start.shape[0], device=doc_start.device)
+        names = found.kl[0].stats if found.kl else {}
+        empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64)
+        return ForwardOutput(
+            token_logprobs,
+            mtp_logprobs,
+            torch.stack(found.balance).sum() if found.balance else hidden.new_zeros(()),
+            torch.stack([index.kl_sum for index in found.kl]) if found.kl else None,
+            torch.stack(found.counts) if found.counts else empty,
+            {name: torch.stack([index.stats[name] for index in found.kl]) for name in names},
+            real.sum(),
+        )
+
+    def _trunk(
+        self, input_ids: Tensor, table: tuple[Tensor, Tensor], doc_start: Tensor, request: _Request, found: _Collector
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x, index, moe = self._run(layer, x, table, doc_start, request)
+            found.add(index, moe)
+        return self.norm(x)
+
+    def _mtp(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        table: tuple[Tensor, Tensor],
+        doc_start: Tensor,
+        request: _Request,
+        found: _Collector,
+    ) -> Tensor:
+        module = self.mtp[0]
+        x = module.combine(hidden, self.embed_tokens(next_ids))
+        x, index, moe = self._run(module.layer, x, table, doc_start, request)
+        found.add(index, moe)
+        return module.norm(x)
+
+    def _run(self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], doc_start: Tensor, request: _Request):
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, *table, doc_start, request, use_reentrant=False)
+        return layer(x, *table, doc_start, request)
+
+    def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
+        """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T, V]."""
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+        if attention not in ("dense", "sparse"):
+            raise ValueError(f"attention must be 'dense' or 'sparse', got {attention!r}")
+        starts = torch.zeros_like(input_ids) if doc_start is None else doc_start.view_as(input_ids)
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
+        out = []
+        for ids, start in zip(input_ids, starts, strict=True):
+            table = rope_table(self.config.rope, self.config.qk_rope_head_dim, (rows - start).clamp(min=0))
+            out.append(self.lm_head(self._trunk(ids, table, start, _Request(attention, None, False), _Collector())))
+        return torch.stack(out)
+
+    def indexer_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of every lightning indexer, MTP's included."""
+        return [(name, p) for name, p in self.named_parameters() if ".indexer." in name]
+
+    def routers(self) -> list[Router]:
+        """In the order of `ForwardOutput.expert_counts`: main layers, then MTP's."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    @torch.no_grad()
+    def update_router_bias(self, counts: Tensor, speed: float) -> None:
+        """Aux-loss-free balancing: raise the bias of under-used experts by `speed`, lower that of over-used ones.
+
+        counts [MoE layers, E]: tokens of the whole step, over all ranks (V3, sec. 2.1.2).
+        """
+        for router, row in zip(self.routers(), counts, strict=False):  # MTP's router has no row where MTP did not run
+            load = row.to(router.e_score_correction_bias)
+            router.e_score_correction_bias += speed * (load.mean() - load).sign()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """N(0, initializer_range) for matrices, 1 for norm weights, 0 for biases; the same values on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            self._init(name, p, generator)
+        for router in self.routers():
+            router.e_score_correction_bias.zero_()
+
+    @torch.no_grad()
+    def init_indexer(self, seed: int) -> None:
+        """A fresh indexer for a dense checkpoint: N(0, 0.02), k_norm 1/0 (the report's warm-up starts from random)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.indexer_parameters():
+            self._init(name, p, generator)
+
+    def _init(self, name: str, p: nn.Parameter, generator: torch.Generator) -> None:
+        if p.dim() == 1:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
