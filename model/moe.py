@@ -103,10 +103,14 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.num_experts, self.dispatcher = config.n_routed_experts, dispatcher
 
+    def mix(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x [N, D] -> routed plus shared experts [N, D], without the training statistics (decoding calls this)."""
+        routing = self.gate(x)
+        return self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x), routing
+
     def forward(self, x: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> (out [T, D], tokens routed to each expert [E] int64, balance loss). Padding is computed, not counted."""
-        routing = self.gate(x)
-        out = self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x)
+        out, routing = self.mix(x)
         real = doc_start <= torch.arange(x.shape[0], device=x.device)
         counts = torch.bincount(routing.experts[real].flatten(), minlength=self.num_experts)
         return out, counts, balance_loss(routing, doc_start, real)
