@@ -71,7 +71,7 @@ def _target(q_H: Tensor, k_H: Tensor, b: Block, mask: Tensor) -> Tensor:
 def _add_stats(sums: dict[str, Tensor], p: Tensor, entropy: Tensor, scores: Tensor, mask: Tensor, topk: int | None) -> None:
     seen = mask.sum(-1)
     sums["rows"] += (seen > 0).sum()
-    sums["kl_uniform"] += (entropy + seen.clamp(min=1).log())[seen > 1].sum()
+    sums["kl_uniform"] += (entropy + seen.clamp(min=1).to(p.dtype).log())[seen > 1].sum()
     if topk is not None:
         sums["mass"] += (p * topk_mask(scores, mask, topk)).sum()
         sums["oracle_mass"] += p.topk(min(topk, p.shape[-1]), dim=-1).values.sum()

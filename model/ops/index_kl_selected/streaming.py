@@ -54,7 +54,7 @@ def index_kl_selected(
             if stats:
                 seen = mask.sum(-1)
                 sums["rows"] += (seen > 0).sum()
-                sums["kl_uniform"] += (entropy + seen.clamp(min=1).log())[seen > 1].sum()
+                sums["kl_uniform"] += (entropy + seen.clamp(min=1).to(p.dtype).log())[seen > 1].sum()
             if d_q is not None and d_k is not None and d_w is not None:
                 d_scores = (log_student.exp() * mask).sub_(p)
                 d_w[rows] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
