@@ -1,7 +1,7 @@
 """What a run is, as plain frozen dataclasses: the only form of the configuration that code sees.
 
-YAML can set nothing that is not a field here; `conf/load.py` turns Hydra's result into these and reports typos and wrong
-types, `conf/validate.py` holds the rules that span fields. This file imports no torch and no Hydra.
+YAML can set nothing that is not a field here; `conf/load.py` turns Hydra's result into these and reports typos and
+wrong types, `conf/validate.py` holds the rules that span fields. This file imports no torch and no Hydra.
 Architecture fields carry the names of Hugging Face's `DeepseekV32Config`.
 """
 

@@ -1,0 +1,153 @@
+"""The frozen dataclasses of `conf/schema.py` <-> plain dicts and YAML, with types checked strictly and without Hydra.
+
+A dict may leave out a field that has a default; it may not hold one that the schema lacks. `int` is taken where `float`
+is wanted and nothing else is converted: `bool` is no `int`, "3" is no number, null only where the schema says `| None`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from conf.errors import UserError
+from conf.schema import RunConfig
+
+T = TypeVar("T")
+
+_NOUNS = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+_SHORTEST_SECRET = 8  # shorter values ("1", "true") would redact half the file
+
+
+def leaf_types(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> annotation for every field that holds a value, in the schema's order: `{"stage": str, ...}`."""
+    leaves: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            leaves |= leaf_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            leaves[prefix + name] = hint
+    return leaves
+
+
+def accepted_types(hint: Any) -> tuple[type, ...]:
+    """The alternatives of a field's annotation: `(float, NoneType)` for `float | None`."""
+    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
+    """The end of an unknown key's error: the same name in another section, else the nearest spelling, else what exists.
+
+    `groups` are names that are valid at the top beside the schema's keys.
+    """
+    leaves = [leaf for leaf in leaf_types() if leaf != "stage"]  # set by +stage=S alone
+    section, _, last = key.rpartition(".")
+    inside = [leaf for leaf in leaves if leaf.startswith(key + ".")]
+    if inside:
+        return f"it is a section, set one of its keys: {', '.join(inside)}"
+    same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == last]
+    if same_name:
+        return f"did you mean {' or '.join(same_name)}?"
+    siblings = [leaf for leaf in leaves if leaf.rpartition(".")[0] == section]
+    top = [*(leaf for leaf in leaves if "." not in leaf), *groups]
+    for options in (siblings if section else top, leaves):
+        by_last = {option.rpartition(".")[2]: option for option in reversed(options)}
+        close = get_close_matches(last, by_last, n=1)
+        if close:
+            return f"did you mean {by_last[close[0]]}?"
+    return f"valid: {', '.join(siblings if section and siblings else top)}"
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    accepted = accepted_types(hint)
+    assert set(accepted) <= {int, float, str, bool, types.NoneType}, f"{key}: no check for {hint} yet"
+    if type(value) in accepted and not (isinstance(value, float) and not math.isfinite(value)):
+        return value
+    if type(value) is int and float in accepted:
+        return float(value)
+    wanted = " or ".join(_NOUNS.get(kind, "null") for kind in accepted)
+    shown = "null" if value is None else repr(value)
+    raise UserError(f"{key}={shown[:80]} has the wrong type {type(value).__name__}: {key} takes {wanted}")
+
+
+def _build(cls: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.')}={values!r:.80} is not a section: give keys under it")
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(f"unknown key {prefix}{name}: {suggest_key(f'{prefix}{name}')}")
+    filled = {}
+    for spec in fields(cls):  # type: ignore[arg-type]
+        key = prefix + spec.name
+        if spec.name not in values:
+            if spec.default is MISSING and spec.default_factory is MISSING:
+                raise UserError(f"{key} is missing: give {key}=...")
+            continue
+        hint, value = hints[spec.name], values[spec.name]
+        filled[spec.name] = _build(hint, value, key + ".") if is_dataclass(hint) else _checked(key, value, hint)  # type: ignore[arg-type]
+    return cls(**filled)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """A nested dict -> RunConfig. Raises UserError (one line, dotted key, fix) for an unknown key or a wrong type."""
+    return _build(RunConfig, values, "")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """RunConfig -> nested dict of plain values; `from_dict` is its inverse."""
+    return asdict(config)
+
+
+def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    named = {name: value for name, value in environ.items() if any(word in name.upper() for word in _SECRET_WORDS)}
+    return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
+
+
+def redacted(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
+    """The same run with every key from the environment (`${oc.env:HF_TOKEN}`) replaced by the name of its variable.
+
+    A variable counts as secret by its name (KEY, TOKEN, SECRET, PASSWORD, ...); its value is looked for inside strings.
+    What is stored or shown (`config.yaml`, W&B) goes through here; two runs are compared in this form.
+    """
+    secrets = sorted(_secrets(environ).items(), key=lambda item: -len(item[1]))
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items()}
+        if isinstance(value, str):
+            for name, secret in secrets:
+                value = value.replace(secret, f"<redacted {name}>")
+        return value
+
+    return from_dict(clean(to_dict(config)))
+
+
+def save_yaml(config: RunConfig, path: str | Path) -> None:
+    """Writes the redacted config, whole or not at all (a temporary file moved into place)."""
+    path = Path(path)
+    text = yaml.safe_dump(to_dict(redacted(config)), sort_keys=False, allow_unicode=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def load_yaml(path: str | Path) -> RunConfig:
+    """Reads what `save_yaml` wrote. Raises UserError naming the file where it is missing, no YAML or no such config."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return from_dict(values)
+    except OSError as error:
+        raise UserError(f"cannot read the run's configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
