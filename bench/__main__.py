@@ -1,0 +1,13 @@
+"""`python -m bench [NAME ...]`: all benchmarks, or those named."""
+
+import sys
+
+import bench.memory  # noqa: F401  (registers itself)
+from bench.registry import BENCHMARKS, run
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        sys.exit(f"bench: no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    sys.exit(0 if all([run(name) for name in names]) else 1)

@@ -1,0 +1,81 @@
+"""Peak memory of one training step by sequence length: nothing of [T, T] may exist, so it must grow linearly.
+
+Each length runs in a process of its own, whose high-water mark is read from the operating system; the extra over the shortest
+length leaves out interpreter, weights and optimiser.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.registry import benchmark
+from conf.schema import ModelConfig
+from model import Transformer
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+STAGES: dict[str, dict[str, Any]] = {
+    "dense_warmup": {"attention": "dense", "indexer_loss": "dense", "trunk_grad": False, "lm_loss": False},
+    "sparse_adapt": {"attention": "sparse", "indexer_loss": "selected"},
+}
+MAX_DOUBLING = 2.3  # of the extra memory, at the long end
+
+
+def step(stage: str, length: int) -> dict[str, float]:
+    """One step (forward, backward, AdamW) of the tiny model on one document of `length` tokens."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = Transformer(ModelConfig())
+    net.init_weights(0)
+    if stage == "dense_warmup":
+        net.requires_grad_(False)
+        for _, p in net.indexer_parameters():
+            p.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(0, net.config.vocab_size, (length + 2,))
+    start = time.process_time()
+    out = net(
+        ids[:-2], ids[1:-1], ids[1:-1], ids[2:], torch.arange(length), torch.zeros(length, dtype=torch.int64), **STAGES[stage]
+    )
+    loss = out.indexer_kl.sum() / length
+    if out.token_logprobs is not None:
+        loss = loss - (out.token_logprobs.sum() + 0.1 * out.mtp_logprobs.sum()) / length
+    loss.backward()
+    optimizer.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"stage": stage, "T": length, "peak_bytes": peak, "cpu_seconds": round(time.process_time() - start, 2)}
+
+
+@benchmark
+def memory() -> dict[str, Any]:
+    """Peak memory of dense_warmup and sparse_adapt at T = 1K to 16K, tiny model, one thread."""
+    rows, passed = [], True
+    for stage in STAGES:
+        extras: list[int] = []
+        shortest: int | None = None
+        for length in LENGTHS:
+            command = [sys.executable, "-m", "bench.memory", stage, str(length)]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            shortest = row["peak_bytes"] if shortest is None else shortest
+            extras.append(row["peak_bytes"] - shortest)
+            row["extra_bytes"] = extras[-1]
+            row["doubling"] = round(extras[-1] / extras[-2], 2) if len(extras) > 2 else None
+            print(
+                f"{stage:12} T={length:6} peak {row['peak_bytes'] / 2**20:7.0f} MiB, extra {extras[-1] / 2**20:7.1f} MiB, "
+                f"x{row['doubling']}, {row['cpu_seconds']} CPU s",
+                flush=True,
+            )
+            rows.append(row)
+        passed = passed and rows[-1]["doubling"] <= MAX_DOUBLING
+    return {"config": {"model": asdict(ModelConfig()), "max_doubling": MAX_DOUBLING, "threads": 1}, "rows": rows, "passed": passed}
+
+
+if __name__ == "__main__":
+    print(json.dumps(step(sys.argv[1], int(sys.argv[2]))))

@@ -1,0 +1,157 @@
+"""The whole way on one machine, on real text: base -> dense control | warm-up -> sparse adaptation -> GRPO, each evaluated.
+
+    python launch/demo.py [--short] [--dir runs/demo]
+
+Every stage is an ordinary command line (echoed, so that it can be copied) on two ranks; this file only strings them together,
+reads what they wrote and checks it against what the recipe promises. A stage that is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch.report import write_report  # noqa: E402  (needs the path above when run from a bare checkout)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of each stage and what must come of them."""
+
+    base: int
+    adapt: int
+    warmup: int
+    grpo: int
+    min_captured: float
+    min_recall: float
+    max_parity: float  # sparse loss over the dense control's, relative
+    min_gain: float  # accuracy that GRPO adds
+
+
+FULL = Plan(base=1500, adapt=300, warmup=300, grpo=60, min_captured=0.9, min_recall=0.97, max_parity=0.01, min_gain=0.3)
+SHORT = Plan(base=300, adapt=60, warmup=100, grpo=6, min_captured=0.7, min_recall=0.9, max_parity=0.03, min_gain=-0.05)
+
+DATA = "data.source=stdlib data.synthetic_share=0.35 data.seq_len=512"
+ROWS = ("base", "base_continued", "warmup", "adapted", "grpo")
+
+
+def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
+    """(row name, arguments of launch/stage.py) in order. Adaptation and its control see the same tokens at the same rate."""
+    same = f"{DATA} train.seed=1 train.steps={plan.adapt} optim.lr=1e-3"
+    stages = [
+        ("base", f"+stage=pretrain model=tiny {DATA} data.tokenizer=train:1536 train.steps={plan.base}"),
+        ("base_continued", f"+stage=pretrain init_from={out}/base {same}"),
+        ("warmup", f"+stage=dense_warmup init_from={out}/base {DATA} train.seed=2 train.steps={plan.warmup}"),
+        ("adapted", f"+stage=sparse_adapt init_from={out}/warmup {same}"),
+        ("grpo", f"+stage=grpo init_from={out}/adapted train.steps={plan.grpo}"),
+    ]
+    found = []
+    for name, arguments in stages:
+        found.append((name, f"{arguments} output_dir={out}/{name}"))
+        found.append((f"{name}_eval", f"+stage=evaluate init_from={out}/{name} {DATA} output_dir={out}/{name}_eval"))
+    return found
+
+
+def run(name: str, arguments: str, ranks: int) -> None:
+    """Runs one stage under torchrun; its failure ends the demo with its own status."""
+    line = f"torchrun --standalone --nproc-per-node {ranks} launch/stage.py {arguments}"
+    print(f"\n[{name}] {line}", flush=True)
+    start = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status != 0:
+        print(f"demo: stage {name} ended with status {status}; the command above repeats it", file=sys.stderr)
+        raise SystemExit(status)
+    print(f"[{name}] {time.monotonic() - start:.0f} s", flush=True)
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The newest value of every key in metrics.jsonl."""
+    latest: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        latest.update({k: v for k, v in json.loads(line).items() if v is not None})
+    return latest
+
+
+def summarise(out: Path) -> dict[str, dict[str, float]]:
+    """One row a checkpoint: quality from its evaluation, speed and memory from the run that made it."""
+    rows = {}
+    for name in ROWS:
+        evaluation, training = json.loads((out / f"{name}_eval" / "evaluation.json").read_text()), last_metrics(out / name)
+        rows[name] = {
+            "loss/lm_dense": evaluation["loss/lm_dense"],
+            "loss/lm_sparse": evaluation["loss/lm_sparse"],
+            "indexer/kl_captured": evaluation["indexer/kl_captured"],
+            "indexer/mass_recall": evaluation["indexer/mass_recall"],
+            "indexer/recall_of_oracle": evaluation["indexer/recall_of_oracle"],
+            "indexer/recall_of_oracle_min": min(v for k, v in evaluation.items() if k.endswith("/recall_of_oracle") and "layer_" in k),
+            "reward/accuracy": evaluation["reward/accuracy"],
+            "perf/tokens_per_s": training["perf/tokens_per_s"],
+            "perf/peak_memory_bytes": training["perf/peak_memory_bytes"],
+        }
+    return rows
+
+
+def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
+    """What the recipe promises and this run did not keep, as readable lines."""
+    captured = rows["warmup"]["indexer/kl_captured"]
+    recall = rows["warmup"]["indexer/recall_of_oracle_min"]
+    moved = abs(rows["warmup"]["loss/lm_dense"] - rows["base"]["loss/lm_dense"])
+    parity = rows["adapted"]["loss/lm_sparse"] / rows["base_continued"]["loss/lm_dense"] - 1
+    gain = rows["grpo"]["reward/accuracy"] - rows["adapted"]["reward/accuracy"]
+    promises = [
+        (moved == 0.0, f"warm-up leaves the dense loss as it was: moved by {moved:.2e}"),
+        (captured >= plan.min_captured, f"warm-up captures the KL: {captured:.3f} (at least {plan.min_captured})"),
+        (recall >= plan.min_recall, f"recall of the oracle in every layer: {recall:.3f} (at least {plan.min_recall})"),
+        (parity <= plan.max_parity, f"sparse loss over the dense control's: {parity:+.2%} (at most {plan.max_parity:.0%})"),
+        (gain >= plan.min_gain, f"accuracy that GRPO adds: {gain:+.3f} (at least {plan.min_gain})"),
+    ]
+    for kept, line in promises:
+        print(f"  {'kept  ' if kept else 'BROKEN'}  {line}")
+    return [line for kept, line in promises if not kept]
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The summary as aligned text."""
+    heads = ["", "LM dense", "LM sparse", "KL captured", "mass", "of oracle", "accuracy", "tokens/s", "peak MiB"]
+    keys = ["loss/lm_dense", "loss/lm_sparse", "indexer/kl_captured", "indexer/mass_recall", "indexer/recall_of_oracle", "reward/accuracy"]
+    lines = [heads]
+    for name, row in rows.items():
+        cells = [f"{row[k]:.3f}" for k in keys]
+        lines.append([name, *cells, f"{row['perf/tokens_per_s']:.0f}", f"{row['perf/peak_memory_bytes'] / 2**20:.0f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="fewer steps and looser promises, for CI")
+    parser.add_argument("--dir", default=None, help="folder of the runs (runs/demo, or runs/demo_short)")
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    plan = SHORT if options.short else FULL
+    out = Path(options.dir or ("runs/demo_short" if options.short else "runs/demo"))
+    start = time.monotonic()
+    for name, arguments in commands(plan, out):
+        run(name, arguments, options.ranks)
+    rows = summarise(ROOT / out)
+    print(f"\n{table(rows)}\n")
+    (ROOT / out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    report = write_report([ROOT / out / name for name in ROWS], ROOT / out / "report", rows)
+    broken = check(rows, plan)
+    print(f"\n{time.monotonic() - start:.0f} s in all; report: {report}")
+    if broken:
+        raise SystemExit(f"demo: {len(broken)} promise(s) broken, see above")
+
+
+if __name__ == "__main__":
+    main()
