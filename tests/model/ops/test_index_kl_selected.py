@@ -18,10 +18,11 @@ BLOCKS = [None, 1, 7, 1000]
 def make_inputs(seed: int, doc_start, topk: int, dtype: torch.dtype = torch.float64):
     """(q, kv, lse, idx, scale) and (q_index, k_index, w); the selection is the indexer's own, as in training."""
     rows = len(doc_start)
-    q, kv, *index = randn(seed, (rows, HEADS, DIM), (rows, DIM), (rows, 4, 5), (rows, 5), (rows, 4), dtype=dtype)
-    idx = index_topk(*index, doc_start, topk)
+    shapes = (rows, HEADS, DIM), (rows, DIM), (rows, 4, 5), (rows, 5), (rows, 4)
+    q, kv, q_index, k_index, w = randn(seed, *shapes, dtype=dtype)
+    idx = index_topk(q_index, k_index, w, doc_start, topk)
     lse = sparse_mla(q, kv, idx, SCALE, VALUE_DIM)[1].detach()
-    return (q, kv, lse, idx, SCALE), index
+    return (q, kv, lse, idx, SCALE), [q_index, k_index, w]
 
 
 def row_by_row(attention, index):
