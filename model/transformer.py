@@ -20,6 +20,8 @@ from model.moe import MoE, Router
 from model.ops.common import IndexKL
 from model.rope import rope_table
 
+INDEXER_INIT = 0.02  # standard deviation of a fresh indexer's matrices, whatever the trunk started from
+
 
 @dataclass
 class ForwardOutput:
@@ -225,7 +227,7 @@ class Transformer(nn.Module):
         """N(0, initializer_range) for matrices, 1 for norm weights, 0 for biases; the same values on every rank."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            self._init(name, p, generator)
+            self._init(name, p, generator, self.config.initializer_range)
         for router in self.routers():
             router.e_score_correction_bias.zero_()
 
@@ -234,10 +236,11 @@ class Transformer(nn.Module):
         """A fresh indexer for a dense checkpoint: N(0, 0.02), k_norm 1/0 (the report's warm-up starts from random)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.indexer_parameters():
-            self._init(name, p, generator)
+            self._init(name, p, generator, INDEXER_INIT)
 
-    def _init(self, name: str, p: nn.Parameter, generator: torch.Generator) -> None:
+    @staticmethod
+    def _init(name: str, p: nn.Parameter, generator: torch.Generator, std: float) -> None:
         if p.dim() == 1:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
