@@ -1,0 +1,282 @@
+"""The rules that a typed config must still keep: ranges, names from a list, and everything that spans two fields.
+
+A rule is a small pure function `(config, world_size) -> messages` in `RULES`; none sees another's result, so one run of
+the program shows every violation. A message is one line: the value, the reason, the fix. What is legal but surely not
+meant is a warning. `NOT_YET` holds what the schema can say and the code cannot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from conf.convert import to_dict
+from conf.errors import UserError, nearest
+from conf.schema import STAGES, RunConfig
+
+Rule = Callable[[RunConfig, int], Iterator[str]]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "stage": STAGES,
+    "resume": ("auto", "never"),
+    "kernels": ("auto", "torch", "triton", "cudnn"),
+    "model.mtp": ("keep", "drop"),
+    "data.source": ("stdlib", "synthetic", "files", "hf"),
+    "optim.schedule": ("cosine", "constant"),
+    "parallel.offload": ("none", "cpu", "nvme"),
+    "precision.name": ("fp32", "bf16", "fp8"),
+    "tracker.name": ("wandb", "none"),
+    "rl.profile": ("standard", "speciale"),
+}
+
+MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
+    "model.n_shared_experts",
+    "model.first_k_dense_replace",
+    "model.num_nextn_predict_layers",
+    "data.max_bad_rows",
+    "train.seed",
+    "train.max_skipped_steps",
+    "train.threads",
+    "optim.warmup_steps",
+    "parallel.zero",
+    "rl.reference_refresh",
+}
+
+INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is at least 0
+    "model.routed_scaling_factor": "(0, inf)",
+    "model.rms_norm_eps": "(0, 1)",
+    "model.initializer_range": "(0, inf)",
+    "model.rope.theta": "(1, inf)",
+    "model.rope.factor": "[1, inf)",
+    "model.rope.beta_fast": "(0, inf)",
+    "model.rope.beta_slow": "(0, inf)",
+    "data.heldout": "(0, 1)",
+    "data.synthetic_share": "[0, 1)",
+    "train.balance_weight": "[0, inf)",
+    "train.spike_factor": "(1, inf)",
+    "optim.lr": "(0, inf)",
+    "optim.indexer_lr": "(0, inf)",
+    "optim.beta1": "[0, 1)",
+    "optim.beta2": "[0, 1)",
+    "optim.eps": "(0, 1)",
+    "optim.final_lr_share": "[0, 1]",
+    "rl.temperature": "(0, inf)",
+    "rl.top_p": "(0, 1]",
+    "rl.clip_low": "(0, 1]",
+    "rl.clip_high": "(0, inf)",
+    "rl.length_penalty": "[0, inf)",
+    "rl.reward_timeout_s": "(0, inf)",
+}
+
+NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
+    "parallel.zero": (lambda value: value == 3, "parallel.zero=2"),
+    "parallel.ep": (lambda value: value > 1, "parallel.ep=1"),
+    "parallel.cp": (lambda value: value > 1, "parallel.cp=1"),
+    "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
+    "precision.name": (lambda value: value == "fp8", "precision=bf16 or precision=fp32"),
+    "kernels": (lambda value: value in ("triton", "cudnn"), "kernels=auto or kernels=torch"),
+    "rl.tools": (lambda value: value is True, "rl.tools=false"),
+    "model.tie_word_embeddings": (lambda value: value is True, "model.tie_word_embeddings=false"),
+}
+BYTE_LEVEL_FLOOR = 256 + 7  # a trained tokenizer holds every byte and seven special tokens
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def contains(interval: str, value: float) -> bool:
+    """Whether `value` lies in an interval such as "(0, 1]"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def known_names(config: RunConfig, world_size: int) -> Iterator[str]:
+    flat = flatten(to_dict(config))
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            yield f"{key}={flat[key]} is not known: {nearest(flat[key], choices)}"
+
+
+def numbers_in_range(config: RunConfig, world_size: int) -> Iterator[str]:
+    for key, value in flatten(to_dict(config)).items():
+        if type(value) is int:
+            least = 0 if key in MAY_BE_ZERO else 1
+            if value < least:
+                yield f"{key}={value} is too small: give {least} or more"
+        elif type(value) is float:
+            interval = INTERVALS.get(key, "[0, inf)")
+            if not contains(interval, value):
+                yield f"{key}={value:g} is outside {interval}: give a value inside"
+
+
+def supported(config: RunConfig, world_size: int) -> Iterator[str]:
+    flat = flatten(to_dict(config))
+    for key, (refused, instead) in NOT_YET.items():
+        if refused(flat[key]):
+            yield f"{key}={str(flat[key]).lower()} is not supported yet: use {instead}"
+
+
+def zero_stage(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.parallel.zero > 3:
+        yield f"parallel.zero={config.parallel.zero} is no ZeRO stage: use 0, 1 or 2"
+
+
+def named_paths(config: RunConfig, world_size: int) -> Iterator[str]:
+    if not config.output_dir.strip():
+        yield "output_dir is empty: give output_dir=runs/NAME"
+    for key, value in (("init_from", config.init_from), ("data.path", config.data.path), ("rl.path", config.rl.path)):
+        if value is not None and not value.strip():
+            yield f"{key} is empty: give a path or leave it out"
+
+
+def source_needs_path(config: RunConfig, world_size: int) -> Iterator[str]:
+    data = config.data
+    if data.source in ("files", "hf") and data.path is None:
+        what = "a file, glob or folder" if data.source == "files" else "a `datasets` name or a local set"
+        yield f"data.source={data.source} has nothing to read: give data.path=PATH, {what}"
+    if data.source in ("stdlib", "synthetic") and data.path is not None:
+        yield f"data.path={data.path} is not read by data.source={data.source}: add data.source=files (or hf)"
+
+
+def sft_needs_conversations(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.stage == "sft" and config.data.source == "stdlib":
+        yield "data.source=stdlib holds no conversations, which sft learns from: use data.source=files or synthetic"
+
+
+def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[str]:
+    spec, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if not spec.strip():
+        yield "data.tokenizer is empty: use auto, bytes, train:VOCAB or a tokenizer folder"
+    if not spec.startswith("train:"):
+        return
+    size = spec.removeprefix("train:")
+    if not size.isdecimal() or int(size) < BYTE_LEVEL_FLOOR:
+        yield f"data.tokenizer={spec} has no usable size: give train:VOCAB with VOCAB of {BYTE_LEVEL_FLOOR} or more"
+    elif int(size) > vocab_size:
+        yield f"data.tokenizer={spec} is larger than model.vocab_size={vocab_size}: give train:{vocab_size} or less"
+
+
+def sequence_fits(config: RunConfig, world_size: int) -> Iterator[str]:
+    longest, seq_len, cp = config.model.max_position_embeddings, config.data.seq_len, config.parallel.cp
+    if seq_len > longest:
+        yield f"data.seq_len={seq_len} is past model.max_position_embeddings={longest}: give {longest} or less"
+    if cp > 1 and seq_len % (2 * cp):
+        multiple = max(1, seq_len // (2 * cp)) * 2 * cp
+        yield f"data.seq_len={seq_len} does not divide by 2*parallel.cp={2 * cp}: give data.seq_len={multiple}"
+
+
+def heads_and_rope(config: RunConfig, world_size: int) -> Iterator[str]:
+    rope, index = config.model.qk_rope_head_dim, config.model.index_head_dim
+    if rope % 2:
+        yield f"model.qk_rope_head_dim={rope} is odd but rotates pairs: give {rope + 1}"
+    if rope > index:
+        yield f"model.qk_rope_head_dim={rope} does not fit into model.index_head_dim={index}: give it {rope} or more"
+    low, high = config.model.rope.beta_slow, config.model.rope.beta_fast
+    if low >= high:
+        yield f"model.rope.beta_slow={low:g} is not below model.rope.beta_fast={high:g}: YaRN's are 1 and 32"
+
+
+def expert_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+    experts, groups, kept = config.model.n_routed_experts, config.model.n_group, config.model.topk_group
+    chosen = config.model.num_experts_per_tok
+    if groups < 1:
+        return  # numbers_in_range says so
+    if experts % groups:
+        yield f"model.n_routed_experts={experts} does not divide by model.n_group={groups}: give a multiple of {groups}"
+        return
+    if groups > 1 and experts // groups < 2:
+        yield f"model.n_group={groups} leaves one expert a group, which is scored by its best two: give fewer groups"
+    if kept > groups:
+        yield f"model.topk_group={kept} is more than model.n_group={groups}: give {groups} or less"
+    reachable = min(kept, groups) * (experts // groups)
+    if chosen > reachable:
+        yield (
+            f"model.num_experts_per_tok={chosen} is more than the {reachable} experts in model.topk_group={kept}:"
+            f" give {reachable} or less, or a larger topk_group"
+        )
+
+
+def layers_fit(config: RunConfig, world_size: int) -> Iterator[str]:
+    dense, layers = config.model.first_k_dense_replace, config.model.num_hidden_layers
+    if dense > layers:
+        yield f"model.first_k_dense_replace={dense} is more than model.num_hidden_layers={layers}: give less"
+
+
+def world_divides(config: RunConfig, world_size: int) -> Iterator[str]:
+    ep, cp, experts = config.parallel.ep, config.parallel.cp, config.model.n_routed_experts
+    if ep > 1 and experts % ep:
+        yield f"parallel.ep={ep} does not divide model.n_routed_experts={experts}: give a divisor of {experts}"
+    for key, degree in (("parallel.ep", ep), ("parallel.cp", cp)):
+        if degree > 1 and world_size % degree:
+            yield f"{key}={degree} does not divide the world of {world_size} processes: start a multiple of {degree}"
+
+
+def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if rl.group_size == 1:
+        yield "rl.group_size=1 has no advantage, which is the reward less its group's mean: give 2 or more"
+    if rl.max_new_tokens >= rl.pack_len:
+        yield f"rl.max_new_tokens={rl.max_new_tokens} leaves rl.pack_len={rl.pack_len} no prompt room: raise it"
+    longest = config.model.max_position_embeddings
+    if rl.max_new_tokens >= longest:
+        yield f"rl.max_new_tokens={rl.max_new_tokens} is past model.max_position_embeddings={longest}: give less"
+    if config.stage != "grpo":
+        return
+    if rl.prompts_per_step % world_size:
+        fix = -(-rl.prompts_per_step // world_size) * world_size
+        yield (
+            f"rl.prompts_per_step={rl.prompts_per_step} does not divide by the world of {world_size} processes:"
+            f" give rl.prompts_per_step={fix}"
+        )
+    samples = rl.prompts_per_step // world_size * rl.group_size
+    if rl.mini_batches > samples > 0:
+        yield f"rl.mini_batches={rl.mini_batches} is more than a process has samples, {samples}: give {samples} or less"
+
+
+RULES: tuple[Rule, ...] = (
+    known_names,
+    numbers_in_range,
+    supported,
+    zero_stage,
+    named_paths,
+    source_needs_path,
+    sft_needs_conversations,
+    tokenizer_fits,
+    sequence_fits,
+    heads_and_rope,
+    expert_groups,
+    layers_fit,
+    world_divides,
+    rl_batch,
+)
+
+
+def violations(config: RunConfig, world_size: int = 1) -> list[str]:
+    """Every broken rule as one line; empty if the run may start. `world_size`: processes of the whole run."""
+    return [message for rule in RULES for message in rule(config, world_size)]
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What is legal but surely not meant, a line each."""
+    found = []
+    topk, seq_len = config.model.index_topk, config.data.seq_len
+    if topk >= seq_len:
+        found.append(f"model.index_topk={topk} is not below data.seq_len={seq_len}: sparse attention keeps every token")
+    optim, steps = config.optim, config.train.steps
+    if config.stage != "evaluate" and optim.warmup_steps >= steps:
+        found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")
+    return found
+
+
+def check(config: RunConfig, world_size: int = 1) -> None:
+    """Raises UserError with all violations, a line each."""
+    found = violations(config, world_size)
+    if found:
+        raise UserError("\n".join(found))
