@@ -77,11 +77,12 @@ def test_all_equal_scores_take_the_first_positions(sign, block):
 
 
 def test_narrow_inputs_are_scored_in_fp32():
-    """bf16 products rounded to bf16 would make ties of scores that differ."""
-    doc_start = make_doc_start((65,))
-    q, k, w = (t.detach() for t in randn(3, (65, 4, 16), (65, 16), (65, 4), dtype=torch.bfloat16))
-    found = index_topk(q, k, w, doc_start, 7)
-    assert torch.equal(found, ref.index_topk(q.double(), k.double(), w.double(), doc_start, 7))
+    """Products rounded to bf16 would choose otherwise."""
+    doc_start = make_doc_start((257,))
+    q, k, w = (t.detach() for t in randn(3, (257, 4, 16), (257, 16), (257, 4), dtype=torch.bfloat16))
+    found = index_topk(q, k, w, doc_start, 32)
+    assert torch.equal(found, ref.index_topk(q.double(), k.double(), w.double(), doc_start, 32))
+    assert not torch.equal(found, ref.index_topk(q, k, w, doc_start, 32))  # the reference stays in bf16
 
 
 def test_packed_equals_apart():
