@@ -47,8 +47,10 @@ def presets(group: str) -> list[str]:
 
 def _schema_defaults() -> dict[str, Any]:
     """The schema as a dict, "???" (OmegaConf's mark for missing) where a value must come from elsewhere."""
-    specs = fields(RunConfig)
-    required = {spec.name: "???" for spec in specs if spec.default is MISSING and spec.default_factory is MISSING}
+    required: dict[str, Any] = {}
+    for spec in fields(RunConfig):
+        if spec.default is MISSING and spec.default_factory is MISSING:
+            required[spec.name] = "???"
     return to_dict(RunConfig(**required)) | required
 
 
@@ -87,6 +89,8 @@ def _checked_override(arg: str) -> tuple[str, str]:
     """One argument -> (the key it sets, the override as Hydra shall read it). UserError where there is no such key."""
     name, equals, text = arg.partition("=")
     key = name.lstrip("+~").strip()
+    if len(arg.splitlines()) > 1:
+        raise UserError(f"{arg!r} holds a line break: give the setting on one line")
     if not equals or not key or name.startswith(("-", "~")):
         raise UserError(f"{arg}: settings are written key=value, such as train.steps=100")
     if key == "stage":
@@ -118,10 +122,9 @@ def load(argv: list[str]) -> Loaded:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
             composed = compose("config", overrides=[override for _, override in checked])
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except HydraException as error:
         raise UserError(f"the configuration cannot be composed: {_one_line(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'the configuration'} cannot be resolved: {_one_line(error)}") from error
-    assert isinstance(values, dict)
     return Loaded(from_dict(values), frozenset(key for key, _ in checked))

@@ -260,7 +260,7 @@ RULES: tuple[Rule, ...] = (
 
 def violations(config: RunConfig, world_size: int = 1) -> list[str]:
     """Every broken rule as one line; empty if the run may start. `world_size`: processes of the whole run."""
-    return [message for rule in RULES for message in rule(config, world_size)]
+    return [" ".join(message.splitlines()) for rule in RULES for message in rule(config, world_size)]
 
 
 def warnings(config: RunConfig) -> list[str]:

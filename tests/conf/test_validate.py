@@ -1,0 +1,226 @@
+"""Each rule fires on what it forbids, stays quiet beside it, and none hides another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conf.convert import leaf_types, to_dict
+from conf.errors import UserError
+from conf.load import load
+from conf.validate import CHOICES, INTERVALS, MAY_BE_ZERO, RULES, check, contains, flatten, violations, warnings
+
+
+def found(*argv: str, stage: str = "grpo", world_size: int = 1) -> list[str]:
+    return violations(load([f"+stage={stage}", *argv]).config, world_size)
+
+
+@pytest.mark.parametrize("stage", CHOICES["stage"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
+    assert found(stage=stage, world_size=world_size) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train.steps=0", "train.steps=0 is too small: give 1 or more"),
+        ("model.hidden_size=-8", "model.hidden_size=-8 is too small: give 1 or more"),
+        ("train.seed=-1", "train.seed=-1 is too small: give 0 or more"),
+        ("data.heldout=1.0", "data.heldout=1 is outside (0, 1): give a value inside"),
+        ("data.heldout=0", "data.heldout=0 is outside (0, 1): give a value inside"),
+        ("data.synthetic_share=1.5", "data.synthetic_share=1.5 is outside [0, 1): give a value inside"),
+        ("optim.lr=0", "optim.lr=0 is outside (0, inf): give a value inside"),
+        ("optim.clip=-1", "optim.clip=-1 is outside [0, inf): give a value inside"),
+        ("optim.beta2=1", "optim.beta2=1 is outside [0, 1): give a value inside"),
+        ("rl.clip_low=1.5", "rl.clip_low=1.5 is outside (0, 1]: give a value inside"),
+        ("rl.clip_high=0", "rl.clip_high=0 is outside (0, inf): give a value inside"),
+        ("rl.top_p=0", "rl.top_p=0 is outside (0, 1]: give a value inside"),
+        ("rl.temperature=0", "rl.temperature=0 is outside (0, inf): give a value inside"),
+        ("rl.beta=-0.1", "rl.beta=-0.1 is outside [0, inf): give a value inside"),
+        ("data.source=file data.path=x", "data.source=file is not known: did you mean files?"),
+        ("kernels=trition", "kernels=trition is not known: did you mean triton?"),
+        ("resume=always", "resume=always is not known: valid: auto, never"),
+        ("model.mtp=dorp", "model.mtp=dorp is not known: did you mean drop?"),
+        ("optim.schedule=cosin", "optim.schedule=cosin is not known: did you mean cosine?"),
+        ("precision.name=fp16", "precision.name=fp16 is not known: did you mean bf16?"),
+        ("parallel.zero=3", "parallel.zero=3 is not supported yet: use parallel.zero=2"),
+        ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1 or 2"),
+        ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
+        ("precision=fp8", "precision.name=fp8 is not supported yet: use precision=bf16 or precision=fp32"),
+        ("kernels=triton", "kernels=triton is not supported yet: use kernels=auto or kernels=torch"),
+        ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto or kernels=torch"),
+        ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
+        (
+            "model.tie_word_embeddings=true",
+            "model.tie_word_embeddings=true is not supported yet: use model.tie_word_embeddings=false",
+        ),
+        ("output_dir=", "output_dir is empty: give output_dir=runs/NAME"),
+        ("init_from=", "init_from is empty: give a path or leave it out"),
+        ("data.source=files", "data.source=files has nothing to read: give data.path=PATH, a file, glob or folder"),
+        ("data.source=hf", "data.source=hf has nothing to read: give data.path=PATH, a `datasets` name or a local set"),
+        ("data.path=x.txt", "data.path=x.txt is not read by data.source=stdlib: add data.source=files (or hf)"),
+        ("data.tokenizer=", "data.tokenizer is empty: use auto, bytes, train:VOCAB or a tokenizer folder"),
+        (
+            "data.tokenizer=train:100",
+            "data.tokenizer=train:100 has no usable size: give train:VOCAB with VOCAB of 263 or more",
+        ),
+        (
+            "data.tokenizer=train:many",
+            "data.tokenizer=train:many has no usable size: give train:VOCAB with VOCAB of 263 or more",
+        ),
+        (
+            "data.tokenizer=train:1537",
+            "data.tokenizer=train:1537 is larger than model.vocab_size=1536: give train:1536 or less",
+        ),
+        (
+            "data.seq_len=32769",
+            "data.seq_len=32769 is past model.max_position_embeddings=32768: give 32768 or less",
+        ),
+        ("model.qk_rope_head_dim=15", "model.qk_rope_head_dim=15 is odd but rotates pairs: give 16"),
+        (
+            "model.qk_rope_head_dim=34",
+            "model.qk_rope_head_dim=34 does not fit into model.index_head_dim=32: give it 34 or more",
+        ),
+        ("model.n_group=3", "model.n_routed_experts=8 does not divide by model.n_group=3: give a multiple of 3"),
+        (
+            "model.n_group=8 model.topk_group=2",
+            "model.n_group=8 leaves one expert a group, which is scored by its best two: give fewer groups",
+        ),
+        ("model.topk_group=3", "model.topk_group=3 is more than model.n_group=2: give 2 or less"),
+        (
+            "model.num_experts_per_tok=5",
+            "model.num_experts_per_tok=5 is more than the 4 experts in model.topk_group=1:"
+            " give 4 or less, or a larger topk_group",
+        ),
+        (
+            "model.first_k_dense_replace=5",
+            "model.first_k_dense_replace=5 is more than model.num_hidden_layers=4: give less",
+        ),
+        (
+            "rl.group_size=1",
+            "rl.group_size=1 has no advantage, which is the reward less its group's mean: give 2 or more",
+        ),
+        ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
+    ],
+)
+def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> None:
+    assert found(*argv.split()) == [message]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "data.source=files data.path=x",
+        "data.tokenizer=train:263",
+        "data.tokenizer=train:1536",
+        "data.seq_len=32768",
+        "rl.clip_low=1 rl.clip_high=10",  # DeepSeek-R1's clip of 10 has no lower bound worth its name
+        "rl.top_p=1",
+        "optim.clip=0",
+        "optim.weight_decay=0",
+        "parallel.zero=0",
+        "parallel.zero=2",
+        "model.topk_group=2 model.num_experts_per_tok=8",
+        "model.n_group=1 model.num_experts_per_tok=8",
+        "model.first_k_dense_replace=4",
+        "model.num_nextn_predict_layers=0",
+        "model.index_topk=100000",
+        "rl.group_size=2",
+    ],
+)
+def test_the_border_is_allowed(argv: str) -> None:
+    assert found(*argv.split()) == []
+
+
+def test_all_violations_are_reported_at_once_a_line_each() -> None:
+    argv = "train.steps=0 parallel.zero=3 model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
+    messages = found(*argv)
+    assert [message.split("=")[0] for message in messages] == [
+        "kernels",
+        "train.steps",
+        "parallel.zero",
+        "data.source",
+        "model.n_routed_experts",
+        "rl.group_size",
+    ]
+    with pytest.raises(UserError) as caught:
+        check(load(["+stage=grpo", *argv]).config)
+    assert str(caught.value).split("\n") == messages
+
+
+def test_check_is_silent_on_a_valid_run() -> None:
+    check(load(["+stage=pretrain"]).config, world_size=2)
+
+
+def test_prompts_divide_by_the_world_in_grpo_only() -> None:
+    message = "rl.prompts_per_step=16 does not divide by the world of 3 processes: give rl.prompts_per_step=18"
+    assert found(world_size=3) == [message]
+    assert found(world_size=4) == []
+    assert found(stage="pretrain", world_size=3) == []
+
+
+def test_prompt_room() -> None:
+    assert any("no prompt room" in message for message in found("rl.max_new_tokens=1024"))
+    longest = "model.max_position_embeddings=64", "data.seq_len=64"
+    assert any("rl.max_new_tokens=64 is past" in message for message in found(*longest))
+
+
+def test_sequence_divides_by_twice_the_context_ranks() -> None:
+    messages = found("parallel.cp=2", "data.seq_len=510", world_size=2)
+    assert "data.seq_len=510 does not divide by 2*parallel.cp=4: give data.seq_len=508" in messages
+    assert not any("data.seq_len" in message for message in found("parallel.cp=2", "data.seq_len=512", world_size=2))
+
+
+@pytest.mark.parametrize("axis", ["ep", "cp"])
+def test_parallel_axes_divide_the_world(axis: str) -> None:
+    assert any("does not divide the world of 3" in message for message in found(f"parallel.{axis}=2", world_size=3))
+    assert all("not supported yet" in message for message in found(f"parallel.{axis}=2", world_size=4))
+
+
+def test_experts_divide_by_their_ranks() -> None:
+    messages = found("parallel.ep=3", world_size=3)
+    assert "parallel.ep=3 does not divide model.n_routed_experts=8: give a divisor of 8" in messages
+
+
+def test_sft_wants_conversations() -> None:
+    assert found(stage="sft") == []
+    assert found("data.source=stdlib", stage="sft") == [
+        "data.source=stdlib holds no conversations, which sft learns from: use data.source=files or synthetic"
+    ]
+
+
+def test_messages_are_single_lines_even_for_hostile_values() -> None:
+    config = load(["+stage=grpo"]).config
+    config = replace(config, data=replace(config.data, source="a\nb"))
+    assert violations(config) == ["data.source=a b is not known: valid: stdlib, synthetic, files, hf"]
+
+
+def test_warnings_are_no_violations() -> None:
+    config = load(["+stage=pretrain", "model.index_topk=512", "train.steps=10"]).config
+    assert violations(config) == []
+    assert [line.split("=")[0] for line in warnings(config)] == ["model.index_topk", "optim.warmup_steps"]
+    assert warnings(load(["+stage=pretrain"]).config) == []
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [("(0, 1)", [0.5], [0.0, 1.0]), ("[0, 1]", [0.0, 1.0], [-0.1, 1.1]), ("(0, inf)", [1e9], [0.0])],
+)
+def test_intervals(interval: str, inside: list[float], outside: list[float]) -> None:
+    assert all(contains(interval, value) for value in inside)
+    assert not any(contains(interval, value) for value in outside)
+
+
+def test_tables_name_real_keys() -> None:
+    leaves = leaf_types()
+    assert set(CHOICES) | set(INTERVALS) | MAY_BE_ZERO <= set(leaves)
+    assert set(flatten(to_dict(load(["+stage=sft"]).config))) == set(leaves)
+
+
+def test_no_rule_stumbles_over_zeros() -> None:
+    """Rules run side by side, so each must bear values that another one refuses."""
+    zeros = [f"{key}=0" for key, hint in leaf_types().items() if hint is int]
+    config = load(["+stage=grpo", *zeros]).config
+    assert len([message for rule in RULES for message in rule(config, 2)]) >= len(zeros) - len(MAY_BE_ZERO)
