@@ -1,7 +1,7 @@
 """Peak memory of one training step by sequence length: nothing of [T, T] may exist, so it must grow linearly.
 
-Each length runs in a process of its own, whose high-water mark is read from the operating system; the extra over the shortest
-length leaves out interpreter, weights and optimiser.
+Each length runs in a process of its own, whose high-water mark is read from the operating system; the extra over the
+shortest length leaves out interpreter, weights and optimiser.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES: dict[str, dict[str, Any]] = {
 MAX_DOUBLING = 2.3  # of the extra memory, at the long end
 
 
-def step(stage: str, length: int) -> dict[str, float]:
+def step(stage: str, length: int) -> dict[str, Any]:
     """One step (forward, backward, AdamW) of the tiny model on one document of `length` tokens."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -42,7 +42,13 @@ def step(stage: str, length: int) -> dict[str, float]:
     ids = torch.randint(0, net.config.vocab_size, (length + 2,))
     start = time.process_time()
     out = net(
-        ids[:-2], ids[1:-1], ids[1:-1], ids[2:], torch.arange(length), torch.zeros(length, dtype=torch.int64), **STAGES[stage]
+        ids[:-2],
+        ids[1:-1],
+        ids[1:-1],
+        ids[2:],
+        torch.arange(length),
+        torch.zeros(length, dtype=torch.int64),
+        **STAGES[stage],
     )
     loss = out.indexer_kl.sum() / length
     if out.token_logprobs is not None:
@@ -67,14 +73,19 @@ def memory() -> dict[str, Any]:
             extras.append(row["peak_bytes"] - shortest)
             row["extra_bytes"] = extras[-1]
             row["doubling"] = round(extras[-1] / extras[-2], 2) if len(extras) > 2 else None
+            peak, extra = row["peak_bytes"] / 2**20, extras[-1] / 2**20
             print(
-                f"{stage:12} T={length:6} peak {row['peak_bytes'] / 2**20:7.0f} MiB, extra {extras[-1] / 2**20:7.1f} MiB, "
+                f"{stage:12} T={length:6} peak {peak:7.0f} MiB, extra {extra:7.1f} MiB, "
                 f"x{row['doubling']}, {row['cpu_seconds']} CPU s",
                 flush=True,
             )
             rows.append(row)
         passed = passed and rows[-1]["doubling"] <= MAX_DOUBLING
-    return {"config": {"model": asdict(ModelConfig()), "max_doubling": MAX_DOUBLING, "threads": 1}, "rows": rows, "passed": passed}
+    return {
+        "config": {"model": asdict(ModelConfig()), "max_doubling": MAX_DOUBLING, "threads": 1},
+        "rows": rows,
+        "passed": passed,
+    }
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def provenance() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{_cpu_name()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "command": f"python -m bench {' '.join(sys.argv[1:])}".strip(),

@@ -1,9 +1,10 @@
-"""The whole way on one machine, on real text: base -> dense control | warm-up -> sparse adaptation -> GRPO, each evaluated.
+"""The whole way on one machine, on real text: base -> dense control | warm-up -> sparse adaptation -> GRPO.
 
     python launch/demo.py [--short] [--dir runs/demo]
 
-Every stage is an ordinary command line (echoed, so that it can be copied) on two ranks; this file only strings them together,
-reads what they wrote and checks it against what the recipe promises. A stage that is finished is not run again.
+Every stage is an ordinary command line (echoed, so that it can be copied) on two ranks; this file only strings them
+together, reads what they wrote and checks it against what the recipe promises. A stage that is finished is not run
+again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ ROWS = ("base", "base_continued", "warmup", "adapted", "grpo")
 
 
 def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
-    """(row name, arguments of launch/stage.py) in order. Adaptation and its control see the same tokens at the same rate."""
+    """(row name, arguments of launch/stage.py) in order. Adaptation and its control see the same tokens at the same
+    rate."""
     same = f"{DATA} train.seed=1 train.steps={plan.adapt} optim.lr=1e-3"
     stages = [
         ("base", f"+stage=pretrain model=tiny {DATA} data.tokenizer=train:1536 train.steps={plan.base}"),
@@ -86,14 +88,17 @@ def summarise(out: Path) -> dict[str, dict[str, float]]:
     """One row a checkpoint: quality from its evaluation, speed and memory from the run that made it."""
     rows = {}
     for name in ROWS:
-        evaluation, training = json.loads((out / f"{name}_eval" / "evaluation.json").read_text()), last_metrics(out / name)
+        evaluation = json.loads((out / f"{name}_eval" / "evaluation.json").read_text())
+        training = last_metrics(out / name)
         rows[name] = {
             "loss/lm_dense": evaluation["loss/lm_dense"],
             "loss/lm_sparse": evaluation["loss/lm_sparse"],
             "indexer/kl_captured": evaluation["indexer/kl_captured"],
             "indexer/mass_recall": evaluation["indexer/mass_recall"],
             "indexer/recall_of_oracle": evaluation["indexer/recall_of_oracle"],
-            "indexer/recall_of_oracle_min": min(v for k, v in evaluation.items() if k.endswith("/recall_of_oracle") and "layer_" in k),
+            "indexer/recall_of_oracle_min": min(
+                v for k, v in evaluation.items() if k.endswith("/recall_of_oracle") and "layer_" in k
+            ),
             "reward/accuracy": evaluation["reward/accuracy"],
             "perf/tokens_per_s": training["perf/tokens_per_s"],
             "perf/peak_memory_bytes": training["perf/peak_memory_bytes"],
@@ -112,7 +117,10 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
         (moved == 0.0, f"warm-up leaves the dense loss as it was: moved by {moved:.2e}"),
         (captured >= plan.min_captured, f"warm-up captures the KL: {captured:.3f} (at least {plan.min_captured})"),
         (recall >= plan.min_recall, f"recall of the oracle in every layer: {recall:.3f} (at least {plan.min_recall})"),
-        (parity <= plan.max_parity, f"sparse loss over the dense control's: {parity:+.2%} (at most {plan.max_parity:.0%})"),
+        (
+            parity <= plan.max_parity,
+            f"sparse loss over the dense control's: {parity:+.2%} (at most {plan.max_parity:.0%})",
+        ),
         (gain >= plan.min_gain, f"accuracy that GRPO adds: {gain:+.3f} (at least {plan.min_gain})"),
     ]
     for kept, line in promises:
@@ -123,13 +131,23 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The summary as aligned text."""
     heads = ["", "LM dense", "LM sparse", "KL captured", "mass", "of oracle", "accuracy", "tokens/s", "peak MiB"]
-    keys = ["loss/lm_dense", "loss/lm_sparse", "indexer/kl_captured", "indexer/mass_recall", "indexer/recall_of_oracle", "reward/accuracy"]
+    keys = [
+        "loss/lm_dense",
+        "loss/lm_sparse",
+        "indexer/kl_captured",
+        "indexer/mass_recall",
+        "indexer/recall_of_oracle",
+        "reward/accuracy",
+    ]
     lines = [heads]
     for name, row in rows.items():
         cells = [f"{row[k]:.3f}" for k in keys]
         lines.append([name, *cells, f"{row['perf/tokens_per_s']:.0f}", f"{row['perf/peak_memory_bytes'] / 2**20:.0f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
 
 
 def main() -> None:

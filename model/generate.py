@@ -1,9 +1,9 @@
 """Decoding with the latent-KV and index-key cache, and sampling: used by rollouts and by evaluation.
 
-Attention runs absorbed: a cached token is one shared row [c_kv | k_rope] and one index key, whatever the number of heads. A
-decode step past index_topk tokens gathers only the selected rows. Each sample draws from its own seed, so its tokens do not
-depend on who shares the batch (up to the rounding of a matrix product with another number of rows). Log-probabilities are
-those of the distribution that was sampled from: after temperature and top-p.
+Attention runs absorbed: a cached token is one shared row [c_kv | k_rope] and one index key, whatever the number of
+heads. A decode step past index_topk tokens gathers only the selected rows. Each sample draws from its own seed, so its
+tokens do not depend on who shares the batch (up to the rounding of a matrix product with another number of rows).
+Log-probabilities are those of the distribution that was sampled from: after temperature and top-p.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.mla import MLA
 from model.moe import MoE
 from model.ops.common import mask_to_indices, no_autocast, topk_mask
 from model.rope import rope_table
-from model.transformer import Transformer
+from model.transformer import Layer, Transformer
 
 PREFILL_CHUNK = 128
 MAX_BATCH = 256
@@ -41,7 +41,9 @@ class LayerCache:
     index_k: Tensor
 
 
-def _attend(mla: MLA, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LayerCache, attention: str) -> Tensor:
+def _attend(
+    mla: MLA, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LayerCache, attention: str
+) -> Tensor:
     """x [B, n, D] at `positions` [B, n] against the cache, which takes their rows first -> [B, n, D]."""
     p = mla.project(x, *table)
     q, kv = mla.absorb(p)
@@ -90,6 +92,7 @@ class Decoder:
         table = rope_table(config.rope, config.qk_rope_head_dim, positions)
         x = self.net.embed_tokens(ids)
         for layer, cache in zip(self.net.layers, self.cache, strict=True):
+            assert isinstance(layer, Layer)
             x = x + _attend(layer.self_attn, layer.input_layernorm(x), table, positions, cache, self.attention)
             h = layer.post_attention_layernorm(x)
             x = x + (layer.mlp.mix(h.flatten(0, 1))[0].view_as(x) if isinstance(layer.mlp, MoE) else layer.mlp(h))
@@ -123,7 +126,8 @@ class Decoder:
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling of logits [B, V] with one uniform number a row -> token [B] and its processed log-prob [B].
 
-    Temperature 0 is greedy (log-probs at temperature 1); top-p keeps the smallest set of tokens whose mass reaches top_p.
+    Temperature 0 is greedy (log-probs at temperature 1); top-p keeps the smallest set of tokens whose mass reaches
+    top_p.
     """
     if temperature == 0:
         logp = logits.log_softmax(-1)
@@ -188,7 +192,9 @@ class _Batch:
         self.lengths = torch.tensor([len(p) for p in prompts])
         self.decoder = Decoder(net, len(prompts), int(self.lengths.max()) + max_new_tokens, attention)
         self.last = self.decoder.prefill(prompts)
-        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        draws = [
+            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds
+        ]
         self.uniform = torch.stack(draws)
 
     def run(self, temperature: float, top_p: float, eos_id: int) -> list[Generation]:

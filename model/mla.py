@@ -1,10 +1,12 @@
-"""Multi-head latent attention in its two forms, with the lightning indexer beside it (DeepSeek-V2 sec. 2.1, V3.2 sec. 2.1).
+"""Multi-head latent attention in its two forms, with the lightning indexer beside it (DeepSeek-V2 sec. 2.1, V3.2 sec.
+2.1).
 
-Dense attention runs decompressed (per-head keys [nope | rope]); sparse attention runs absorbed: queries are carried into the
-latent space once and every selected token costs one shared row [c_kv | k_rope]. Both give the same result when the selection
-holds every visible token.
-The indexer's inputs are detached, and its loss leaves here with ready-made parameter gradients (`local_loss`), so its graph is
-gone before the next layer runs: the trunk may run under no_grad, and no activation of 61 layers is kept for the indexer.
+Dense attention runs decompressed (per-head keys [nope | rope]); sparse attention runs absorbed: queries are carried
+into the latent space once and every selected token costs one shared row [c_kv | k_rope]. Both give the same result
+when the selection holds every visible token.
+The indexer's inputs are detached, and its loss leaves here with ready-made parameter gradients (`local_loss`), so its
+graph is gone before the next layer runs: the trunk may run under no_grad, and no activation of 61 layers is kept for
+the indexer.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class KVUpProjection(nn.Module):
 
 
 class Projected(NamedTuple):
-    """MLA's projections of x [..., D]: q_nope [..., H, nope], q_rope [..., H, rope], latent [..., C], k_rope [..., rope],
-    q_latent [..., q_lora_rank] (normalised; the indexer's input)."""
+    """MLA's projections of x [..., D]: q_nope [..., H, nope], q_rope [..., H, rope], latent [..., C], k_rope [...,
+    rope], q_latent [..., q_lora_rank] (normalised; the indexer's input)."""
 
     q_nope: Tensor
     q_rope: Tensor
@@ -115,7 +117,14 @@ class MLA(nn.Module):
         return self._sparse(x, p, cos, sin, doc_start, indexer_loss, stats)
 
     def _dense(
-        self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, doc_start: Tensor, indexer_loss: str | None, stats: bool
+        self,
+        x: Tensor,
+        p: Projected,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor,
+        indexer_loss: str | None,
+        stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
         k_nope, v = self.kv_b_proj(p.latent, "expand").split([self.nope, self.v], -1)
         q = torch.cat([p.q_nope, p.q_rope], -1)
@@ -132,11 +141,18 @@ class MLA(nn.Module):
         return out, self.local_loss(loss, x, p.q_latent, cos, sin)
 
     def _sparse(
-        self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, doc_start: Tensor, indexer_loss: str | None, stats: bool
+        self,
+        x: Tensor,
+        p: Projected,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor,
+        indexer_loss: str | None,
+        stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
         with torch.no_grad():
-            index = self.indexer(x, p.q_latent, cos, sin)
-            idx = index_topk(*index, doc_start, self.topk)
+            q_index, k_index, w_index = self.indexer(x, p.q_latent, cos, sin)
+            idx = index_topk(q_index, k_index, w_index, doc_start, self.topk)
         q, kv = self.absorb(p)
         latent_out, lse = sparse_mla(q, kv, idx, self.scale, self.kv_lora_rank)
         out = self.output(latent_out.to(x.dtype))
@@ -159,5 +175,5 @@ class MLA(nn.Module):
             if not parameters or not found.kl_sum.requires_grad:
                 return found
             gradients = torch.autograd.grad(found.kl_sum, parameters)
-            found.kl_sum = with_gradients(found.kl_sum.detach(), parameters, list(gradients))
+            found.kl_sum = with_gradients(found.kl_sum.detach(), parameters, gradients)
         return found

@@ -1,7 +1,8 @@
 """DeepSeekMoE with auxiliary-loss-free balancing (DeepSeek-V3, sec. 2.1.2).
 
-Scores are sigmoids; a bias that no gradient touches steers only the *choice* of experts, the gate values come from the bare
-scores. The MoE hands tokens to a `TokenDispatcher`, so expert parallelism is another dispatcher, not a branch here.
+Scores are sigmoids; a bias that no gradient touches steers only the *choice* of experts, the gate values come from the
+bare scores. The MoE hands tokens to a `TokenDispatcher`, so expert parallelism is another dispatcher, not a branch
+here.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class MoE(nn.Module):
         return self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x), routing
 
     def forward(self, x: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> (out [T, D], tokens routed to each expert [E] int64, balance loss). Padding is computed, not counted."""
+        """x [T, D] -> (out [T, D], tokens routed to each expert [E] int64, balance loss). Padding is computed, not
+        counted."""
         out, routing = self.mix(x)
         real = doc_start <= torch.arange(x.shape[0], device=x.device)
         counts = torch.bincount(routing.experts[real].flatten(), minlength=self.num_experts)
@@ -117,7 +119,8 @@ class MoE(nn.Module):
 
 
 def balance_loss(routing: Routing, doc_start: Tensor, real: Tensor) -> Tensor:
-    """Sequence-wise balance loss (V3, eq. 17-20) without its factor alpha, each document a sequence, mean over real tokens.
+    """Sequence-wise balance loss (V3, eq. 17-20) without its factor alpha, each document a sequence, mean over real
+    tokens.
 
     Per document: sum_i f_i P_i, f_i = E / (K n) * times expert i was chosen, P_i = mean normalised score of expert i.
     """

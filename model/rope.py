@@ -1,8 +1,8 @@
 """Rotary position embedding with YaRN (arXiv 2309.00071) as DeepSeek-V3 uses it, in the two layouts the model needs.
 
 MLA rotates interleaved pairs (x0, x1), (x2, x3), ...; the lightning indexer rotates half-split pairs (x0, x_{d/2}), ...
-Mixing them up is silent while T <= index_topk. Tables are computed from positions at each forward, in fp32: no buffer to
-lose on a meta-device build.
+Mixing them up is silent while T <= index_topk. Tables are computed from positions at each forward, in fp32: no buffer
+to lose on a meta-device build.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> Tensor:
 
 
 def rope_table(rope: RopeConfig, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., dim/2] fp32 for `positions` [...]; YaRN's attention factor m(mscale)/m(mscale_all_dim) included."""
+    """cos and sin [..., dim/2] fp32 for `positions` [...]; YaRN's attention factor m(mscale)/m(mscale_all_dim)
+    included."""
     angles = positions.float().unsqueeze(-1) * inverse_frequencies(rope, dim).to(positions.device)
     if rope.mscale and rope.mscale_all_dim:
         factor = _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)

@@ -1,8 +1,9 @@
-"""The model: DeepSeek-V3 with a lightning indexer in every layer and multi-token prediction behind (V3 sec. 2, V3.2 sec. 2.1).
+"""The model: DeepSeek-V3 with a lightning indexer in every layer and multi-token prediction behind (V3 sec. 2, V3.2
+sec. 2.1).
 
-The native form is one packed sequence of T tokens; `doc_start[t]` is the first position t may see. Parameters carry Hugging
-Face's names, so that `model/hf.py` is a table. Shapes: T tokens, D hidden, V vocabulary, L layers (MTP's behind the main ones),
-E routed experts.
+The native form is one packed sequence of T tokens; `doc_start[t]` is the first position t may see. Parameters carry
+Hugging Face's names, so that `model/hf.py` is a table. Shapes: T tokens, D hidden, V vocabulary, L layers (MTP's
+behind the main ones), E routed experts.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Layer(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """Multi-token prediction (V3, sec. 2.2): predicts token t+2 from the trunk's state at t and the embedding of t+1."""
+    """Multi-token prediction (V3, sec. 2.2): predicts token t+2 from the trunk's state at t and the embedding of
+    t+1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +110,9 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_mtp_layers))
@@ -130,9 +134,10 @@ class Transformer(nn.Module):
     ) -> ForwardOutput:
         """One packed sequence; all tensors [T] int64 (see `data/packing.py`).
 
-        attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense attention) or
-        `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under no_grad; stats adds
-        the indexer's health sums.
+        attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense
+        attention) or
+        `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under no_grad;
+        stats adds the indexer's health sums.
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
@@ -180,6 +185,7 @@ class Transformer(nn.Module):
         found: _Collector,
     ) -> Tensor:
         module = self.mtp[0]
+        assert isinstance(module, MTPModule)
         x = module.combine(hidden, self.embed_tokens(next_ids))
         x, index, moe = self._run(module.layer, x, table, doc_start, request)
         found.add(index, moe)
@@ -191,7 +197,8 @@ class Transformer(nn.Module):
         return layer(x, *table, doc_start, request)
 
     def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
-        """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T, V]."""
+        """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T,
+        V]."""
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
         if attention not in ("dense", "sparse"):

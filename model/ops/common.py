@@ -6,7 +6,7 @@ A packed sequence holds documents one after another; row t sees keys `doc_start[
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -34,7 +34,9 @@ def query_blocks(doc_start: Tensor, bytes_per_pair: int, block: int | None = Non
     starts = doc_start.tolist()
     total, row = len(starts), 0
     while row < total:
-        rows = block or max(1, min(MAX_BLOCK, BLOCK_BYTES // (bytes_per_pair * (row + MAX_BLOCK - min(starts[row], row)))))
+        rows = block or max(
+            1, min(MAX_BLOCK, BLOCK_BYTES // (bytes_per_pair * (row + MAX_BLOCK - min(starts[row], row))))
+        )
         stop = min(row + rows, total)
         seen = [starts[t] for t in range(row, stop) if starts[t] <= t]
         if seen:
@@ -74,7 +76,8 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def topk_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
-    """[rows, keys] bool: the k largest valid scores of each row, ties to the LOWEST index; all of them where fewer are valid.
+    """[rows, keys] bool: the k largest valid scores of each row, ties to the LOWEST index; all of them where fewer are
+    valid.
 
     torch.topk leaves the order of ties open, so only its k-th value is used: everything above it is taken, then
     equal scores from the left until k are reached.
@@ -90,7 +93,8 @@ def topk_mask(scores: Tensor, valid: Tensor, k: int) -> Tensor:
 
 
 def mask_to_indices(mask: Tensor, k: int, offset: int = 0) -> Tensor:
-    """[rows, k] int64 from a [rows, keys] mask with at most k entries a row: ascending, shifted by `offset`, -1 behind."""
+    """[rows, k] int64 from a [rows, keys] mask with at most k entries a row: ascending, shifted by `offset`, -1
+    behind."""
     indices = torch.full((mask.shape[0], k), -1, dtype=torch.int64, device=mask.device)
     row, key = mask.nonzero(as_tuple=True)
     place = mask.cumsum(-1, dtype=torch.int64)[row, key] - 1
@@ -100,17 +104,17 @@ def mask_to_indices(mask: Tensor, k: int, offset: int = 0) -> Tensor:
 
 class _ReadyGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, count: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[count:])
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         gradients = ctx.saved_tensors
         return (None, None, *(grad * g for g in gradients), *(None for _ in gradients))
 
 
-def with_gradients(value: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+def with_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """A scalar equal to `value` whose gradient in `inputs[i]` is `gradients[i]`, computed beforehand.
 
     Lets an op make value and gradient in one pass while its blocks exist; backward only scales.
@@ -120,9 +124,9 @@ def with_gradients(value: Tensor, inputs: list[Tensor], gradients: list[Tensor])
 
 @dataclass
 class IndexKL:
-    """Indexer loss of one layer. `kl_sum` is differentiable in q_index, k_index and w; the rest are sums over rows for the
-    metrics: `kl_uniform` (over rows with more than one visible key), `mass` and `oracle_mass` (attention mass inside the
-    selection, and inside the best possible one), `rows` (rows that see anything)."""
+    """Indexer loss of one layer. `kl_sum` is differentiable in q_index, k_index and w; the rest are sums over rows for
+    the metrics: `kl_uniform` (over rows with more than one visible key), `mass` and `oracle_mass` (attention mass
+    inside the selection, and inside the best possible one), `rows` (rows that see anything)."""
 
     kl_sum: Tensor
     stats: dict[str, Tensor]

@@ -1,9 +1,10 @@
 """The warm-up loss: KL between dense attention and the indexer over ALL visible positions (DeepSeek-V3.2, eq. 3).
 
-    p[t, :] = 1/H sum_h softmax_h[t, :]        L_t = KL(p[t, :] || softmax(I[t, :]))        dL_t/dI[t, :] = softmax(I[t, :]) - p[t, :]
+    p[t, :] = 1/H sum_h softmax_h[t, :]        L_t = KL(p[t, :] || softmax(I[t, :]))        dL_t/dI[t, :] =
+    softmax(I[t, :]) - p[t, :]
 
-Value and gradients in q_index, k_index and w are made in the same pass over query blocks, so nothing of [T, T] exists and
-backward only scales. The target is a constant: no gradient reaches q and k.
+Value and gradients in q_index, k_index and w are made in the same pass over query blocks, so nothing of [T, T] exists
+and backward only scales. The target is a constant: no gradient reaches q and k.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.common import Block, IndexKL, compute_dtype, no_autocast, query_blocks, topk_mask, visible, with_gradients
+from model.ops.common import (
+    Block,
+    IndexKL,
+    compute_dtype,
+    no_autocast,
+    query_blocks,
+    topk_mask,
+    visible,
+    with_gradients,
+)
 from model.ops.index_topk.streaming import index_scores_block
 
 
@@ -28,8 +38,8 @@ def index_kl_dense(
 ) -> IndexKL:
     """Sum over rows of KL(p || softmax(I)) in nats.
 
-    Args: q, k [T, H, Dqk] decompressed queries and keys (detached by the op), scale of their softmax, q_index [T, Hi, di],
-        k_index [T, di], w [T, Hi], doc_start [T]; `topk` asks for mass and oracle_mass of that selection as well.
+    Args: q, k [T, H, Dqk] decompressed queries and keys (detached by the op), scale of their softmax, q_index [T, Hi,
+        di], k_index [T, di], w [T, Hi], doc_start [T]; `topk` asks for mass and oracle_mass of that selection as well.
     """
     dtype = compute_dtype(q, q_index)
     inputs = [q_index, k_index, w]
@@ -38,7 +48,10 @@ def index_kl_dense(
         q_H = (q.to(dtype) * scale).transpose(0, 1)  # [H, T, D]
         k_H = k.to(dtype).permute(1, 2, 0).contiguous()  # [H, D, T]
         qi, ki, wi = (t.to(dtype) for t in inputs)
-        sums = {name: torch.zeros((), dtype=dtype, device=q.device) for name in ("kl", "kl_uniform", "mass", "oracle_mass", "rows")}
+        sums = {
+            name: torch.zeros((), dtype=dtype, device=q.device)
+            for name in ("kl", "kl_uniform", "mass", "oracle_mass", "rows")
+        }
         gradients = [torch.zeros_like(t) for t in (qi, ki, wi)] if with_grad else []
         for b in query_blocks(doc_start, 4 * (2 * q.shape[1] + 2 * q_index.shape[1]), block):
             mask = visible(doc_start, b)
@@ -68,7 +81,9 @@ def _target(q_H: Tensor, k_H: Tensor, b: Block, mask: Tensor) -> Tensor:
     return logits.softmax(-1).mean(0).masked_fill_(~mask, 0.0)
 
 
-def _add_stats(sums: dict[str, Tensor], p: Tensor, entropy: Tensor, scores: Tensor, mask: Tensor, topk: int | None) -> None:
+def _add_stats(
+    sums: dict[str, Tensor], p: Tensor, entropy: Tensor, scores: Tensor, mask: Tensor, topk: int | None
+) -> None:
     seen = mask.sum(-1)
     sums["rows"] += (seen > 0).sum()
     sums["kl_uniform"] += (entropy + seen.clamp(min=1).to(p.dtype).log())[seen > 1].sum()
@@ -78,11 +93,20 @@ def _add_stats(sums: dict[str, Tensor], p: Tensor, entropy: Tensor, scores: Tens
 
 
 def _add_gradients(
-    gradients: list[Tensor], d_scores: Tensor, products: Tensor, q: Tensor, k: Tensor, w: Tensor, rows: slice, keys: slice
+    gradients: list[Tensor],
+    d_scores: Tensor,
+    products: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    rows: slice,
+    keys: slice,
 ) -> None:
     """Through I = sum_h w relu(q.k): products [rows, Hi, keys] are overwritten."""
     d_q, d_k, d_w = gradients
     d_w[rows] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
-    weighted = products.sign_().mul_(d_scores.unsqueeze(1)).mul_(w.unsqueeze(-1)).view(-1, k.shape[0])  # relu' is 0 or 1
+    weighted = (
+        products.sign_().mul_(d_scores.unsqueeze(1)).mul_(w.unsqueeze(-1)).view(-1, k.shape[0])
+    )  # relu' is 0 or 1
     d_q[rows] = (weighted @ k).view(q.shape)
     d_k[keys] += weighted.T @ q.reshape(-1, q.shape[-1])

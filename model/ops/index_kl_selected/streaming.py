@@ -2,8 +2,8 @@
 
     p[t, S_t] = 1/H sum_h exp(s[t, h, S_t] - lse[t, h])       L_t = KL(p[t, S_t] || softmax(I[t, S_t]))
 
-`lse` is sparse_mla's own log-sum-exp, so the target costs one product over the k selected rows. Target and student are both
-normalised over S_t: a student over all positions against this target would agree only where T = k.
+`lse` is sparse_mla's own log-sum-exp, so the target costs one product over the k selected rows. Target and student are
+both normalised over S_t: a student over all positions against this target would agree only where T = k.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Lightning-indexer scores and their deterministic top-k, streamed over query blocks (DeepSeek-V3.2, eq. 1 and sec. 2.1).
+"""Lightning-indexer scores and their deterministic top-k, streamed over query blocks (DeepSeek-V3.2, eq. 1 and sec.
+2.1).
 
     I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s])          S_t = top-k of I[t, :] over the keys that t may see
 
-Ties go to the lowest index, which neither torch's nor transformers' top-k promises: relu makes exact zeros common, so ties at
-the border decide whether two backends select the same tokens.
+Ties go to the lowest index, which neither torch's nor transformers' top-k promises: relu makes exact zeros common, so
+ties at the border decide whether two backends select the same tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dense attention in the decompressed form, document by document through torch's SDPA.
 
-One causal call a document needs no [T, T] mask. CPU's flash kernel wants equal query and value widths and otherwise falls
-silently to the quadratic math path, so the narrower of the two is padded with zeros, which changes nothing.
+One causal call a document needs no [T, T] mask. CPU's flash kernel wants equal query and value widths and otherwise
+falls silently to the quadratic math path, so the narrower of the two is padded with zeros, which changes nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def mla_dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) 
     outputs, end = [], 0
     for start, stop in segments(doc_start):
         assert start == end, "documents follow one another without a gap"
-        part = (t[:, :, start:stop] for t in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale))
+        q_doc, k_doc, v_doc = (t[:, :, start:stop] for t in (q, k, v))
+        outputs.append(F.scaled_dot_product_attention(q_doc, k_doc, v_doc, is_causal=True, scale=scale))
         end = stop
     if end < q.shape[2]:
         outputs.append(torch.zeros_like(v[:, :, end:]))

@@ -1,6 +1,8 @@
-"""Absorbed (multi-query) attention over the selected latents, forward and backward (DeepSeek-V3.2, eq. 2; MLA absorbed form).
+"""Absorbed (multi-query) attention over the selected latents, forward and backward (DeepSeek-V3.2, eq. 2; MLA absorbed
+form).
 
-    s[t, h, j] = scale * q[t, h] . kv[idx[t, j]]      out[t, h] = sum_j softmax_j(s)[t, h, j] * kv[idx[t, j], :value_dim]
+    s[t, h, j] = scale * q[t, h] . kv[idx[t, j]]      out[t, h] = sum_j softmax_j(s)[t, h, j] * kv[idx[t, j],
+    :value_dim]
 
 Every head reads the same rows, so a selected token costs one row whatever the number of heads. Gathered rows and
 probabilities live for one block of queries; backward gathers and scores again instead of saving them.
@@ -42,7 +44,7 @@ def _probabilities(q: Tensor, rows: Tensor, mask: Tensor, scale: float) -> tuple
 
 class _SparseMLA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, block: int | None):  # type: ignore[override]
+    def forward(ctx, q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, block: int | None):
         dtype = compute_dtype(q, kv)
         kv_c = kv.to(dtype)
         out = torch.empty(*q.shape[:2], value_dim, dtype=dtype, device=q.device)
@@ -58,7 +60,7 @@ class _SparseMLA(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, d_out: Tensor, _d_lse: Tensor):  # type: ignore[override]
+    def backward(ctx, d_out: Tensor, _d_lse: Tensor):
         q, kv, idx, out = ctx.saved_tensors
         dtype, scale, value_dim = out.dtype, ctx.scale, ctx.value_dim
         kv_c = kv.to(dtype)
@@ -84,7 +86,7 @@ def sparse_mla(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [T, H, Dc+Dr] over rows idx [T, k] (-1 padded) of kv [T, Dc+Dr].
 
-    Returns: out [T, H, value_dim] and the natural log-sum-exp [T, H] of the scaled logits (no gradient passes through it).
-    A row with nothing selected gives out 0 and lse -inf.
+    Returns: out [T, H, value_dim] and the natural log-sum-exp [T, H] of the scaled logits (no gradient passes through
+    it). A row with nothing selected gives out 0 and lse -inf.
     """
     return _SparseMLA.apply(q, kv, idx, scale, value_dim, block)

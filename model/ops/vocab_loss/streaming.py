@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens from hidden states, chunked over rows: no [T, V] tensor in forward or backward.
 
-    logp[t] = logit[t, target] - logsumexp_v logit[t, v]        cross-entropy is -logp; GRPO's policy terms use logp itself
+    logp[t] = logit[t, target] - logsumexp_v logit[t, v]        cross-entropy is -logp; GRPO's policy terms use logp
+    itself
 
 Forward keeps one number a row (the log-sum-exp); backward makes each chunk of logits again.
 """
@@ -18,7 +19,7 @@ CHUNK_BYTES = 16 << 20
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, product: torch.dtype):  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, product: torch.dtype):
         dtype = compute_dtype(hidden, weight)
         rows = (targets != IGNORE).nonzero().squeeze(1)
         logp = torch.zeros(targets.shape[0], dtype=dtype, device=hidden.device)
@@ -35,7 +36,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp
 
     @staticmethod
-    def backward(ctx, d_logp: Tensor):  # type: ignore[override]
+    def backward(ctx, d_logp: Tensor):
         hidden, weight, targets, rows, lse = ctx.saved_tensors
         dtype, product = lse.dtype, ctx.product
         d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
@@ -57,7 +58,8 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
-    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time; default by a byte budget).
+    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time; default by a byte
+    budget).
     Returns: [T] fp32 (fp64 for fp64 inputs), 0 where masked. Under autocast the products run in autocast's dtype, the
     log-softmax in fp32.
     """
