@@ -191,32 +191,44 @@ def write_folder(
     One file's tensors are in memory at a time. A checkpoint that is there already is replaced; a folder that holds
     anything else is refused with UserError.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder).absolute()
     _refuse_foreign(folder)
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier write was killed between its two renames
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _write_weights(partial, planned, max_bytes, progress)
+        _write_json(partial / "config.json", config)
+        for file in _tokenizer_files(tokenizer_folder):
+            shutil.copyfile(file, partial / file.name)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(
+    folder: Path,
+    planned: list[Planned],
+    max_bytes: int,
+    progress: Callable[[list[list[Planned]]], Iterable[list[Planned]]],
+) -> None:
+    from safetensors.torch import save_file
+
     files = shards(planned, max_bytes)
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(progress(files), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file({tensor.name: tensor.make() for tensor in tensors}, partial / name, metadata={"format": "pt"})
+        save_file({tensor.name: tensor.make() for tensor in tensors}, folder / name, metadata={"format": "pt"})
         weight_map |= {tensor.name: name for tensor in tensors}
     if len(files) > 1:
         total = sum(tensor.num_bytes for tensor in planned)
-        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(partial / "config.json", config)
-    if tokenizer_folder is not None:
-        for name in _TOKENIZER_FILES:
-            if (Path(tokenizer_folder) / name).is_file():
-                shutil.copyfile(Path(tokenizer_folder) / name, partial / name)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -229,11 +241,16 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give a new folder to write a checkpoint to")
     for path in folder.iterdir():
-        ours = path.suffix == ".safetensors" or path.name in (INDEX, "config.json", *_TOKENIZER_FILES)
-        if not ours:
+        is_shard = path.name.startswith("model") and path.suffix == ".safetensors"
+        if not is_shard and path.name not in (INDEX, "config.json", *_TOKENIZER_FILES):
             raise UserError(
                 f"{folder} holds {path.name}, which no export wrote: give a new folder to write a checkpoint to"
             )
+
+
+def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+    candidates = [] if folder is None else [Path(folder) / name for name in _TOKENIZER_FILES]
+    return [file for file in candidates if file.is_file()]
 
 
 def special_token_ids(tokenizer_folder: str | Path | None) -> dict[str, int | None]:

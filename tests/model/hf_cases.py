@@ -90,8 +90,8 @@ def stable_topk(scores: Tensor, k: int, dim: int = -1) -> Any:
 
 @contextmanager
 def watched_indexer(stable: bool = False):
-    """Yields a list that collects the index scores [B, T, T] from which transformers' indexers select; `stable` makes
-    them select by a stable sort."""
+    """Yields a list that collects the index scores [B, T, T] from which transformers' indexers select; under
+    `stable` they select by a stable sort."""
     from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
     seen: list[Tensor] = []
@@ -110,7 +110,7 @@ def watched_indexer(stable: bool = False):
 
 
 def border_gaps(scores: Tensor, k: int) -> Tensor:
-    """Difference of the k-th and the next score, of the largest score, for every row that has more than k candidates."""
+    """Difference of the k-th and the next score, of the largest score, for every row with more than k candidates."""
     ordered = scores.sort(dim=-1, descending=True).values
     finite = ordered > torch.finfo(torch.float32).min / 2  # transformers masks with the smallest float
     kept, first_out = ordered[..., k - 1], ordered[..., k]

@@ -1,4 +1,4 @@
-"""Logits against transformers, both directions: dense DeepseekV3ForCausalLM, sparse DeepseekV32ForCausalLM, T > topk."""
+"""Logits against transformers, both ways: DeepseekV3ForCausalLM dense, DeepseekV32ForCausalLM sparse, T > topk."""
 
 from __future__ import annotations
 
