@@ -1,0 +1,68 @@
+"""What the parts of RL hand to one another: requests to a rollout engine, samples from it, their rewards.
+
+A sample keeps columns over all its tokens, prompt included, so that one index means one token in every column: id,
+loss mask, behaviour log-prob, weight version, turn. Columns that replay what the sampler did (kept vocabulary set,
+routed experts) are None where the engine does not record them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One sample to draw. Its randomness is `seed` alone, whichever process or batch draws it."""
+
+    prompt_index: int  # place of the prompt among the prompts of the whole world in this iteration
+    sample_index: int  # place in the prompt's group
+    domain: str
+    prompt: str
+    answer: str  # the reference answer
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """One entry a token, prompt first; every column that is not None has the same length."""
+
+    ids: list[int]
+    loss_mask: list[bool]  # True where the policy sampled the token
+    behaviour_logprobs: list[float]  # log-prob under the distribution it was drawn from; 0 where it was not sampled
+    weight_versions: list[int]  # iteration of the weights that drew it
+    turns: list[int]  # number of the assistant's turn; the prompt belongs to the turn it opens
+    kept_sets: list[list[int]] | None = None  # vocabulary ids that top-p kept
+    routed_experts: list[list[list[int]]] | None = None  # [MoE layer][slot] expert ids
+
+    def __post_init__(self) -> None:
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        lengths = {name: len(column) for name, column in columns.items()}
+        assert len(set(lengths.values())) == 1, f"columns differ in length: {lengths}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one request, as the engine drew it and the graders judged it."""
+
+    request: RolloutRequest
+    tokens: TokenColumns
+    text: str  # what was sampled, without the end-of-sequence token
+    finish_reason: str  # stop | length
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, before weights
+    reward: float | None = None  # weighted sum of the parts; None: not graded, or a grader failed
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens the policy drew, end of sequence included: |o_i|."""
+        return sum(self.tokens.loss_mask)
+
+    def graded(self, parts: Mapping[str, float], weights: Mapping[str, float]) -> Sample:
+        """The sample with its reward: the sum of weight x part."""
+        return replace(
+            self, reward_parts=dict(parts), reward=sum(weights[name] * value for name, value in parts.items())
+        )

@@ -1,0 +1,111 @@
+"""Reward parts by value, and the pool under graders that sleep, raise, die and lie."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import RLConfig
+from rl.rewards import REWARDS, Attempt, extract_answer, part_weights
+from rl.rewards.pool import RewardPool
+from tests.rl.samples import make_sample
+
+GRADERS = "tests.rl.graders:REWARDS"
+
+
+def attempt(text: str, answer: str = "85", finished: bool = True, prompt: str = "47+38=?") -> Attempt:
+    return Attempt(prompt, answer, text, num_tokens=16, max_tokens=64, finished=finished)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7+8=15</think>85", "85"),
+        ("</think> 85 \n", "85"),
+        ("x</think>85<｜end▁of▁sentence｜>86", "85"),
+        ("85", None),
+        ("</think>", ""),
+        ("</think>1</think>85", "1</think>85"),
+    ],
+)
+def test_extract_answer(text: str, answer: str | None):
+    assert extract_answer(text) == answer
+
+
+def test_parts_by_value():
+    right = attempt("7+8=15</think>85")
+    assert REWARDS["exact_match"](right) == 1.0
+    assert REWARDS["exact_match"](attempt("</think>85.0")) == 0.0
+    assert REWARDS["exact_match"](attempt("</think>85", finished=False)) == 0.0
+    assert REWARDS["exact_match"](attempt("85")) == 0.0
+    assert REWARDS["math_verify"](attempt("</think>85.0")) == 1.0
+    assert REWARDS["math_verify"](attempt("</think>\\frac{1}{2}", answer="0.5")) == 1.0
+    assert REWARDS["math_verify"](attempt("</think>86")) == 0.0
+    assert REWARDS["math_verify"](attempt("</think>((((")) == 0.0
+    assert REWARDS["format"](right) == 1.0
+    assert REWARDS["format"](attempt("</think>1</think>85")) == 0.0
+    assert REWARDS["format"](attempt("</think>")) == 0.0
+    assert REWARDS["length"](right) == 0.25
+
+
+def test_an_unreadable_reference_is_no_reward_zero():
+    with pytest.raises(ValueError, match="'no number' is not readable"):
+        REWARDS["math_verify"](attempt("</think>85", answer="no number"))
+
+
+def test_weights_make_the_reward():
+    weights = part_weights(RLConfig(length_penalty=0.2, format_weight=0.5, outcome="math_verify"))
+    sample = make_sample([1], [2], [0.0]).graded({"math_verify": 1.0, "format": 1.0, "length": 0.25}, weights)
+    assert sample.reward == pytest.approx(1.0 + 0.5 - 0.05)
+
+
+def test_grades_come_back_in_order():
+    with RewardPool(2, 30.0) as pool:
+        texts = [f"</think>{n}" for n in range(80, 90)]
+        grades = pool.grade([attempt(text) for text in texts], ["exact_match", "math_verify"])
+        assert [g.parts for g in grades] == [
+            {"exact_match": float(n == 85), "math_verify": float(n == 85)} for n in range(80, 90)
+        ]
+        assert pool.grade([], ["exact_match"]) == []
+
+
+def test_a_sleeping_a_raising_and_a_dying_grader_are_failures_and_the_rest_goes_on():
+    with RewardPool(1, 1.0, GRADERS) as pool:
+        texts = ["ab", "sleep", "abc", "raise", "abcd", "exit", "abcde", "nan", "print"]
+        start = time.monotonic()
+        grades = pool.grade([attempt(text) for text in texts], ["by_text"])
+        assert time.monotonic() - start < 60
+    assert [g.parts and g.parts["by_text"] for g in grades] == [2.0, None, 3.0, None, 4.0, None, 5.0, None, 5.0]
+    errors = [g.error for g in grades if g.parts is None]
+    assert errors[0] == "no grade within 1.0 s"
+    assert errors[1] is not None and errors[1].startswith("KeyError")
+    assert errors[2] == "the grader's process died"
+    assert errors[3] is not None and "not a finite number" in errors[3]
+
+
+def alive(pid: int) -> bool:
+    """A zombie whose parent has yet to reap it is not alive."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to look for processes")
+def test_a_kill_takes_the_graders_children_too(tmp_path: Path):
+    note = tmp_path / "pids"
+    with RewardPool(1, 2.0, GRADERS) as pool:
+        (grade,) = pool.grade([attempt("child", prompt=str(note))], ["by_text"])
+        assert grade.error == "no grade within 2.0 s"
+        pids = [int(pid) for pid in note.read_text().split()]
+        deadline = time.monotonic() + 10
+        while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [alive(pid) for pid in pids] == [False, False]
+
+
+def test_a_worker_that_cannot_start_is_an_error():
+    with (
+        RewardPool(1, 1.0, "tests.rl.no_such_module:REWARDS") as pool,
+        pytest.raises(RuntimeError, match="did not start"),
+    ):
+        pool.grade([attempt("x")], ["by_text"])
