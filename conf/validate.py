@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
     "rl.profile": ("standard", "speciale"),
+    "rl.outcome": ("exact_match", "math_verify"),
 }
 
 MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
