@@ -1,0 +1,1 @@
+"""How a run starts: one stage, a pipeline of them, an export, a report."""

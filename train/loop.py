@@ -1,0 +1,156 @@
+"""The training loop of pretrain, dense_warmup, sparse_adapt and sft: it reads the stage's declaration and knows no stage.
+
+A step takes `world x micro_batches` packed sequences by their global index, so another layout of the same number gives the
+same step. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from data.packing import PackedBatch
+from model import Transformer
+from train import distributed
+from train.engine import Engine
+from train.flops import flops_per_token
+from train.losses import Counts, Sums, add_sums, global_counts, micro_batch_loss, reduce_sums, step_metrics, step_shapes
+from train.optim import build_optimizer, rates, select_trainable
+from train.run import Clock, RunContext
+
+STATS = {"dense": ("kl_uniform", "mass", "oracle_mass", "rows"), "selected": ("kl_uniform", "rows"), None: ()}
+
+
+class Sequences(Protocol):
+    """The i-th training sequence of the run, the same on every rank."""
+
+    def sequence(self, index: int) -> PackedBatch: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to, the same on all ranks."""
+
+    sums: Sums
+    counts: Counts
+    loss: float
+    grad_norm: float
+    stop: bool
+
+
+def open_stream(context: RunContext) -> Sequences:
+    """The run's training data; rank 0 prepares it first, the others find it on disk."""
+    from data.stream import TokenStream
+
+    config, tokenizer = context.config, context.tokenizer()
+    cache = context.folder.parent / ".cache"
+
+    def build() -> Sequences:
+        return TokenStream(config.data, tokenizer, config.train.seed, "train", cache_dir=cache, progress=context.is_main)
+
+    first = build() if context.is_main else None
+    distributed.barrier()
+    return first or build()
+
+
+def train(context: RunContext) -> None:
+    """Trains the stage to `train.steps` and writes `hf/`."""
+    config, stage = context.config, context.stage
+    stream = open_stream(context)
+    net = context.build_net()
+    select_trainable(net, stage)
+    optimizer = build_optimizer(net, config.optim)
+    engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
+    state = context.restore(engine)
+    clock, fresh_tokens = Clock(), 0.0
+    with context.progress(state) as progress:
+        while state.step < config.train.steps:
+            clock.start()
+            logged = context.logs(state.step + 1)
+            batches = take_sequences(context, stream, state.data_position)
+            step = run_step(context, engine, batches, logged)
+            values = rates(state.step, config.train.steps, config.optim)
+            reason = context.guard.judge(step.loss, step.grad_norm)
+            engine.step(values, skip=reason is not None)
+            state.step += 1
+            state.data_position += distributed.world_size() * config.train.micro_batches
+            state.tokens += int(step.counts.rows)
+            fresh_tokens += step.counts.rows
+            if reason is None:
+                context.guard.accept(step.loss)
+                if stage.router_bias:
+                    net.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
+            else:
+                context.say(f"step {state.step} left out: {reason}")
+                context.guard.count_skip(state.step, reason)
+            clock.stop()
+            if logged:
+                speed = fresh_tokens / clock.read()
+                context.log(state.step, metrics_row(context, step, values, state.tokens, speed))
+                fresh_tokens = 0.0
+            progress.update(1, loss=step.loss)
+            if context.save_due(state.step):
+                context.save(engine, state)
+            if step.stop and state.step < config.train.steps:
+                context.preempt(engine, state)
+    context.export(net)
+    engine.close()
+
+
+def take_sequences(context: RunContext, stream: Sequences, position: int) -> list[dict[str, Tensor]]:
+    """This rank's micro-batches of the step that starts at global sequence `position`."""
+    micro_batches = context.config.train.micro_batches
+    first = position + distributed.rank() * micro_batches
+    found = [stream.sequence(first + j).tensors() for j in range(micro_batches)]
+    return [{name: field.to(context.device) for name, field in batch.items()} for batch in found]
+
+
+def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor]], stats: bool) -> Step:
+    """Forward and backward of all micro-batches; the gradients then wait for `engine.step`."""
+    stage, config, net = context.stage, context.config, engine.net
+    assert isinstance(net, Transformer)
+    counts = global_counts(batches)
+    total: Sums = {}
+    for j, batch in enumerate(batches):
+        out = engine.forward(
+            **batch,
+            attention=stage.attention,
+            indexer_loss=stage.indexer_loss,
+            lm_loss=stage.lm_loss,
+            trunk_grad=stage.trunk_grad,
+            stats=stats and stage.indexer_loss is not None,
+        )
+        idle = unused(net) if stage.lm_loss and out.mtp_logprobs is None else []
+        loss, sums = micro_batch_loss(out, counts, stage, config.train, idle)
+        add_sums(total, sums)
+        engine.backward(loss, last=j == len(batches) - 1)
+    total["stop"] = total["loss"].new_tensor(float(context.stop_asked))
+    layers = config.model.num_hidden_layers + len(net.mtp)
+    names = STATS[stage.indexer_loss] if stats else ()
+    shapes = step_shapes(stage, layers, len(net.routers()), config.model.n_routed_experts, names)
+    found = reduce_sums(total, shapes)
+    return Step(found, counts, float(found["loss"]), engine.grad_norm(), bool(found["stop"] > 0))
+
+
+def unused(net: Transformer) -> list[nn.Parameter]:
+    """What trains and a forward without an MTP target left out."""
+    return [p for p in net.mtp.parameters() if p.requires_grad]
+
+
+def metrics_row(
+    context: RunContext, step: Step, values: Mapping[str, float], tokens: int, tokens_per_s: float
+) -> dict[str, float]:
+    """One row of metrics.jsonl; `values` are the step's rates, `tokens` those the run has seen."""
+    stage, model = context.stage, context.config.model
+    found = {"tokens": tokens} | step_metrics(step.sums, step.counts, stage, model.num_hidden_layers)
+    found["optim/grad_norm"] = step.grad_norm
+    found["optim/lr"] = values["trunk"] if stage.trains_trunk else values["indexer"]
+    if stage.trains_indexer:
+        found["optim/indexer_lr"] = values["indexer"]
+    found["optim/skipped_steps"] = context.guard.skipped
+    found["perf/tokens_per_s"] = tokens_per_s
+    found["perf/model_tflops"] = tokens_per_s * flops_per_token(model, stage, context.config.data.seq_len) / 1e12
+    return found

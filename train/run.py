@@ -1,0 +1,273 @@
+"""The run context that every loop shares: folder, start, signals, cadence, guards, resume, metrics, export.
+
+A loop asks it for the model, the tokenizer and the state to go on from, hands it rows and checkpoints, and ends with
+`finish`. It knows neither batches nor losses.
+
+Exit status: 0 finished, 143 (128 + SIGTERM) preempted after a saved step, 2 the user's mistake, 1 a fault; a scheduler
+that sees 143 may start the same command again.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.convert import load_yaml, save_yaml, to_dict
+from conf.errors import UserError
+from conf.schema import RunConfig
+from conf.validate import check, warnings
+from model import Transformer
+from train import checkpoint, distributed
+from train.checkpoint import TrainState
+from train.engine import Engine
+from train.guards import Guard
+from train.metrics import MetricsWriter
+from train.progress import Progress
+from train.stages import STAGES
+from train.start import differences, resolve, weights_folder
+from train.tracker import Tracker, make_tracker
+
+MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
+    "train.steps",  # the cosine ends there: a longer run follows the longer cosine from where it goes on
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "tracker",
+    "resume",
+    "output_dir",
+)
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and has saved; carries the exit status."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED_STATUS)
+
+
+class RunContext:
+    """One run of one stage, on this rank. Make it with `open_run`, use it as a context manager."""
+
+    def __init__(self, config: RunConfig, resumed: Path | None) -> None:
+        self.config, self.stage = config, STAGES[config.stage]
+        self.folder, self.resumed = Path(config.output_dir), resumed
+        self.is_main = distributed.rank() == 0
+        self.device = distributed.device()
+        self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
+        self.stop_asked = False
+        self.writer: MetricsWriter | None = None
+        self.tracker = Tracker()
+        self._tokenizer: Any = None
+
+    def __enter__(self) -> RunContext:
+        signal.signal(signal.SIGTERM, self._ask_stop)
+        if self.config.train.threads:
+            torch.set_num_threads(self.config.train.threads)
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("error.txt", "preempted"):
+                (self.folder / name).unlink(missing_ok=True)
+            save_yaml(self.config, self.folder / "config.yaml")
+            step = None if self.resumed is None else checkpoint.read_state(self.resumed).step
+            self.writer = MetricsWriter(self.folder, step)
+            self.tracker = make_tracker(self.config.tracker, self.folder, to_dict(self.config), resume=step is not None)
+        distributed.barrier()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.tracker.finish(0 if kind is None else 1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _ask_stop(self, *_: object) -> None:
+        self.stop_asked = True
+
+    # What the run starts from
+
+    @property
+    def source(self) -> Path | None:
+        """The Hugging Face folder that weights come from; None for a model from nothing."""
+        return None if self.config.init_from is None else weights_folder(self.config.init_from)
+
+    def tokenizer(self) -> Any:
+        """The run's tokenizer, trained first where the configuration asks for it; kept in `folder/tokenizer`."""
+        if self._tokenizer is None:
+            kept = self.folder / "tokenizer"
+            if self.is_main and not (self.resumed and kept.is_dir()):
+                self._make_tokenizer(kept)
+            distributed.barrier()
+            from data.tokenizer import load_tokenizer
+
+            self._tokenizer = load_tokenizer(str(kept))
+            size, vocab_size = len(self._tokenizer), self.config.model.vocab_size
+            if size > vocab_size:
+                raise UserError(
+                    f"data.tokenizer={self.config.data.tokenizer} has {size} tokens and the model's vocabulary {vocab_size}:"
+                    " give a smaller tokenizer"
+                )
+        return self._tokenizer
+
+    def _make_tokenizer(self, kept: Path) -> None:
+        from data.sources import documents
+        from data.tokenizer import load_tokenizer
+
+        data = self.config.data
+        corpus = documents(data, "train", self.config.train.seed) if data.tokenizer.startswith("train:") else None
+        made = load_tokenizer(data.tokenizer, corpus=corpus)
+        partial = kept.with_name(".tmp_tokenizer")
+        for stale in (partial, kept):
+            shutil.rmtree(stale, ignore_errors=True)
+        made.save_pretrained(str(partial))
+        partial.rename(kept)
+
+    def build_net(self) -> Transformer:
+        """The model with the weights that the run starts from, fp32, on this rank's device."""
+        config, seed = self.config.model, self.config.train.seed
+        if self.source is None:
+            net = Transformer(config)
+            net.init_weights(seed)
+        else:
+            from model.hf import load_weights
+
+            with torch.device("meta"):
+                net = Transformer(config)
+            load_weights(net, self.source, torch.float32, seed=seed, progress=self.listed("reading weights"))
+        net.activation_checkpointing = self.config.train.activation_checkpointing
+        return net.to(self.device)
+
+    def restore(self, engine: Engine) -> TrainState:
+        """The state to go on from, with weights and optimiser in place; a fresh one where there is no checkpoint."""
+        if self.resumed is None:
+            world, frozen = distributed.world_size(), checkpoint.frozen_checksum(engine.net)
+            return TrainState(world_size=world, frozen=frozen)
+        state = checkpoint.restore(engine, self.resumed)
+        self.guard.load_state(state.guard)
+        self.say(f"going on from {self.resumed}")
+        return state
+
+    # While it runs
+
+    def progress(self, state: TrainState, unit: str = "step") -> Progress:
+        total = self.config.train.steps
+        return Progress(total, self.config.stage, self.is_main, initial=min(state.step, total), unit=unit)
+
+    def listed(self, what: str) -> Callable[[list[Any]], Iterable[Any]]:
+        """A wrapper that shows the progress of working through a list, on rank 0."""
+
+        def walk(items: list[Any]) -> Iterable[Any]:
+            with Progress(len(items), what, self.is_main, unit="tensor") as shown:
+                for item in items:
+                    yield item
+                    shown.update()
+
+        return walk
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def logs(self, step: int) -> bool:
+        """Whether `step` (completed steps) is logged: the first, the last and every `log_every`-th."""
+        return step in (1, self.config.train.steps) or step % self.config.train.log_every == 0
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """One row into metrics.jsonl and the tracker; all ranks call it (the peak memory is the largest rank's)."""
+        full = {**row, "perf/peak_memory_bytes": int(distributed.max_over_ranks(peak_memory_bytes(self.device)))}
+        if self.writer is not None:
+            self.tracker.log(step, self.writer.write(step, full))
+
+    def save_due(self, step: int) -> bool:
+        return step % self.config.train.save_every == 0 or step >= self.config.train.steps
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        state.guard = self.guard.state()
+        checkpoint.save(engine, self.folder, state, self.config.train.keep_checkpoints)
+
+    def preempt(self, engine: Engine, state: TrainState) -> None:
+        """Saves, writes `preempted` and ends the process; all ranks call it after the same step."""
+        self.save(engine, state)
+        if self.is_main:
+            (self.folder / "preempted").write_text(f"step {state.step}\n", encoding="utf-8")
+        self.say(f"stopped by SIGTERM after step {state.step}: start the same command to go on")
+        raise Preempted
+
+    def export(self, net: Transformer) -> None:
+        """Writes `hf/`, whole or not at all."""
+        if self.is_main:
+            from model.hf import save_pretrained
+
+            dtype = torch.float32 if self.config.precision.name == "fp32" else torch.bfloat16
+            save_pretrained(net, self.folder / "hf", dtype, self.folder / "tokenizer", progress=self.listed("writing hf/"))
+        distributed.barrier()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """High-water mark of this process: the GPU's allocations, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def open_run(config: RunConfig, overrides: frozenset[str]) -> RunContext | None:
+    """Resolves what is open, checks everything that can be checked before a model is built, and finds where to go on.
+
+    None where the run has finished already. Raises UserError with the reason on one line. The process group is up.
+    """
+    folder = Path(config.output_dir)
+    stored = load_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    if stored is not None and stored.stage != config.stage:
+        raise UserError(f"{folder} holds a run of stage {stored.stage}: give another output_dir")
+    resumed, exported = checkpoint.newest(folder), (folder / "hf" / "config.json").is_file()
+    begun = stored is not None and (resumed is not None or exported)
+    config = resolve(config, overrides, stored if begun else None)
+    check(config, distributed.world_size())
+    if begun:
+        assert stored is not None
+        _refuse_other_run(stored, config, folder)
+        done = checkpoint.read_state(resumed).step if resumed is not None else stored.train.steps
+        if exported and done >= config.train.steps and stored.train.steps <= config.train.steps:
+            return None
+    context = RunContext(config, resumed)
+    for line in warnings(config):
+        context.say(f"note: {line}")
+    if config.init_from is not None and "init_from" not in overrides:
+        context.say(f"init_from={config.init_from}")
+    return context
+
+
+def _refuse_other_run(stored: RunConfig, config: RunConfig, folder: Path) -> None:
+    if config.resume == "never":
+        raise UserError(f"{folder} holds a run and resume=never: give another output_dir")
+    found = differences(stored, config, MAY_CHANGE)
+    if found:
+        raise UserError(
+            f"{folder} holds a run with another configuration: {', '.join(found)}; give another output_dir, or the old"
+            f" {'values' if len(found) > 1 else 'value'} to go on"
+        )
+
+
+class Clock:
+    """Seconds spent in steps since it was last read."""
+
+    def __init__(self) -> None:
+        self._spent, self._since = 0.0, time.monotonic()
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        self._spent += time.monotonic() - self._since
+
+    def read(self) -> float:
+        spent, self._spent = max(self._spent, 1e-9), 0.0
+        return spent

@@ -1,0 +1,137 @@
+"""What a run starts from: `init_from`, the architecture that it sets, the learning rates, the tokenizer.
+
+Everything that the user may leave out is filled in here and then stands in `config.yaml`. A run that goes on takes what was
+filled in from there, so that a newer finished run under `runs/` does not become its start halfway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from conf.convert import redacted, to_dict
+from conf.errors import UserError
+from conf.schema import ModelConfig, RunConfig
+from conf.validate import flatten
+from train.stages import STAGES, Stage, resolve_rates
+
+RUNS = Path("runs")
+MAY_DIFFER = ("index_n_heads", "index_head_dim", "index_topk", "mtp")  # from the checkpoint that init_from names
+
+
+def resolve(config: RunConfig, overrides: frozenset[str], stored: RunConfig | None = None) -> RunConfig:
+    """The run with nothing left open. `overrides`: what the user set; `stored`: the config.yaml of the run that goes on.
+
+    Raises UserError with one line: no start is found, or the user's model is not the checkpoint's.
+    """
+    stage = STAGES[config.stage]
+    init_from = config.init_from
+    if init_from is None:
+        init_from = stored.init_from if stored is not None else default_start(stage)
+    own_model = any(key == "model" or key.startswith("model.") for key in overrides)
+    if init_from is None:
+        model = config.model
+    elif stored is not None and stored.init_from == init_from and not own_model:
+        model = stored.model
+    else:
+        model = checkpoint_model(weights_folder(init_from), config.model, overrides)
+    data = config.data
+    if data.tokenizer == "auto":
+        spec = stored.data.tokenizer if stored is not None else default_tokenizer(init_from, model)
+        data = replace(data, tokenizer=spec)
+    optim = resolve_rates(stage, config.optim, model.hidden_size)
+    return replace(config, init_from=init_from, model=model, data=data, optim=optim)
+
+
+def finished_runs(root: Path = RUNS) -> dict[Path, str]:
+    """Run folder -> stage of every finished run (it has hf/) one or two levels under `root`, newest first."""
+    found: dict[Path, tuple[float, str]] = {}
+    for path in [*root.glob("*/config.yaml"), *root.glob("*/*/config.yaml")]:
+        export = path.parent / "hf" / "config.json"
+        if not export.is_file():
+            continue
+        first = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("stage:")]
+        if first:
+            found[path.parent] = (export.stat().st_mtime, first[0].removeprefix("stage:").strip())
+    return {folder: stage for folder, (_, stage) in sorted(found.items(), key=lambda item: -item[1][0])}
+
+
+def default_start(stage: Stage, root: Path = RUNS) -> str | None:
+    """The newest finished run of the stages before; None for a stage that needs no start. UserError where there is none."""
+    if not stage.previous:
+        return None
+    for folder, name in finished_runs(root).items():
+        if name in stage.previous:
+            return str(folder)
+    before = " or ".join(stage.previous)
+    raise UserError(
+        f"init_from is not given and {root}/ holds no finished run of {before}: run +stage={stage.previous[0]} first, or give"
+        " init_from=PATH, a Hugging Face folder or the output_dir of a run"
+    )
+
+
+def weights_folder(init_from: str) -> Path:
+    """`init_from` (a Hugging Face folder or a run's output_dir) -> the folder that holds config.json."""
+    given = Path(init_from)
+    for folder in (given, given / "hf"):
+        if (folder / "config.json").is_file():
+            return folder
+    if not given.exists():
+        raise UserError(f"init_from={init_from} does not exist: give a Hugging Face folder or the output_dir of a run")
+    if (given / "config.yaml").is_file():
+        raise UserError(f"init_from={init_from} is a run that has not finished (no hf/): let it finish, then start from it")
+    raise UserError(f"init_from={init_from} holds neither config.json nor hf/config.json: give a Hugging Face folder or a run")
+
+
+def checkpoint_model(folder: Path, given: ModelConfig, overrides: frozenset[str]) -> ModelConfig:
+    """The checkpoint's architecture with the user's `model.index_*` and `model.mtp`.
+
+    Anything else that the user set (`model=preset`, `model.hidden_size=...`) must agree with it, or UserError names it.
+    """
+    from model.hf import read_config
+
+    wanted = {key: getattr(given, key) for key in MAY_DIFFER if f"model.{key}" in overrides}
+    found = read_config(folder, **wanted)
+    mine, theirs = _flat(given), _flat(found)
+    for key in mine:
+        asked = "model" in overrides or f"model.{key}" in overrides
+        if not asked or key in wanted or mine[key] == theirs.get(key, mine[key]):
+            continue
+        if key == "num_nextn_predict_layers" and given.num_mtp_layers == 0 or key == "mtp":
+            continue
+        raise UserError(
+            f"model.{key}={mine[key]} is not what init_from has ({folder / 'config.json'}: {theirs[key]}): leave it out;"
+            f" only {', '.join('model.' + name for name in MAY_DIFFER)} can differ"
+        )
+    return found
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    values = asdict(model)
+    rope = values.pop("rope")
+    if rope["factor"] == 1.0:  # the rest is YaRN's and means nothing without it
+        rope = {"theta": rope["theta"], "factor": 1.0}
+    return values | {f"rope.{key}": value for key, value in rope.items()}
+
+
+def default_tokenizer(init_from: str | None, model: ModelConfig) -> str:
+    """The tokenizer of the checkpoint; for a run from nothing one trained on its corpus. UserError where there is neither."""
+    if init_from is None:
+        return f"train:{model.vocab_size}"
+    folder = weights_folder(init_from)
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        return str(folder)
+    raise UserError(f"{folder} holds no tokenizer: give data.tokenizer=FOLDER, the tokenizer that the checkpoint was trained with")
+
+
+def differences(stored: RunConfig, config: RunConfig, allowed: tuple[str, ...]) -> list[str]:
+    """`key=new (was old)` for every setting that differs, but those in `allowed` and those under `allowed.`."""
+    old, new = (flatten(to_dict(redacted(run))) for run in (stored, config))
+    free = tuple(f"{key}." for key in allowed)
+    return [
+        f"{key}={new[key]} (was {old[key]})"
+        for key in new
+        if new[key] != old[key] and key not in allowed and not key.startswith(free)
+    ]
+
