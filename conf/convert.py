@@ -112,23 +112,32 @@ def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in named.items() if len(value) >= _SHORTEST_SECRET}
 
 
-def redacted(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """The same run with every key from the environment (`${oc.env:HF_TOKEN}`) replaced by the name of its variable.
+def redact(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """The same nest of dicts, lists and strings with every key from the environment replaced by its variable's name.
 
     A variable counts as secret by its name (KEY, TOKEN, SECRET, PASSWORD, ...); its value is looked for inside strings.
-    What is stored or shown (`config.yaml`, W&B) goes through here; two runs are compared in this form.
     """
     secrets = sorted(_secrets(environ).items(), key=lambda item: -len(item[1]))
 
     def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(inner) for key, inner in value.items()}
+        if isinstance(value, Mapping):
+            return {clean(key): clean(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(inner) for inner in value]
         if isinstance(value, str):
             for name, secret in secrets:
                 value = value.replace(secret, f"<redacted {name}>")
         return value
 
-    return from_dict(clean(to_dict(config)))
+    return clean(value)
+
+
+def redacted(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
+    """The same run without keys from the environment (`${oc.env:HF_TOKEN}`), see `redact`.
+
+    What is stored or shown (`config.yaml`, W&B) goes through here; two runs are compared in this form.
+    """
+    return from_dict(redact(to_dict(config), environ))
 
 
 def save_yaml(config: RunConfig, path: str | Path) -> None:

@@ -22,17 +22,17 @@ Value = float | int | None
 
 
 def clean_row(row: Mapping[str, Any]) -> dict[str, Value]:
-    """The row with NaN and infinities as null. Anything but int, float or None (a tensor, a nested dict) is our mistake."""
+    """The row with NaN and infinities as null. Anything but int, float or None (a tensor, a dict) is our mistake."""
     cleaned: dict[str, Value] = {}
     for key, value in row.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        assert value is None or number, f"metric {key} is a {type(value).__name__}, not a plain number: call .item() on it"
+        plain = value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
+        assert plain, f"metric {key} is a {type(value).__name__}, not a plain number: call .item() on it"
         cleaned[key] = value if value is not None and math.isfinite(value) else None
     return cleaned
 
 
 def parse_row(line: bytes | str) -> dict[str, Value] | None:
-    """One line -> its row; None where the line is torn or no metrics row. Numbers that are not finite come back as None."""
+    """One line -> its row; None where the line is torn or no metrics row. Numbers that are not finite are None."""
     try:
         row = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
@@ -65,8 +65,8 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Value]], int]:
 class MetricsWriter:
     """Appends to `output_dir/metrics.jsonl`; one process a run makes one (rank 0).
 
-    `resume_step` is the step of the checkpoint that the run goes on from: later rows and torn lines are cut away. None is
-    a run that starts: rows of an earlier attempt, which left no checkpoint, are dropped.
+    `resume_step` is the step of the checkpoint that the run goes on from: later rows and torn lines are cut away.
+    None is a run that starts: rows of an earlier attempt, which left no checkpoint, are dropped.
     """
 
     def __init__(self, output_dir: str | Path, resume_step: int | None = None) -> None:
@@ -95,7 +95,7 @@ class MetricsWriter:
     def write(self, step: int, row: Mapping[str, Any]) -> dict[str, Value]:
         """Appends one row and returns it as written. Raises ValueError where `step` is not past the last one."""
         if step <= self.last_step:
-            raise ValueError(f"step {step} after step {self.last_step} in {self.path}: each step is logged once, in order")
+            raise ValueError(f"step {step} after step {self.last_step} in {self.path}: log each step once, in order")
         cleaned: dict[str, Value] = {"step": step, **clean_row({k: v for k, v in row.items() if k != "step"})}
         self._file.write(_encode(cleaned))
         self._file.flush()  # one write of a whole line: what is there survives a kill -9

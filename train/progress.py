@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a plain line every few seconds anywhere else (a log file, CI, a scheduler).
+"""How far a long job is: a bar on a terminal, a plain line every few seconds elsewhere (a log file, CI).
 
 Writes to stderr only, and nothing where it is not enabled (every rank but the first).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -37,8 +36,8 @@ def short(value: Any) -> str:
 class Progress:
     """`with Progress(total, "dense_warmup", enabled=is_main) as progress: progress.update(1, loss=2.1)`.
 
-    `initial` is where a resumed job starts, so that rate and remaining time count this process's work alone. Plain lines
-    come at most every 5 s, in a long job every 60 s, and once at the end.
+    `initial` is where a resumed job starts, so that rate and remaining time count this process's work alone. Plain
+    lines come at most every 5 s, in a long job every 60 s, and once at the end.
     """
 
     def __init__(
@@ -101,5 +100,5 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -27,7 +27,10 @@ class Tracker:
         """Records one metrics row (key -> finite number or None). `step` never goes back."""
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Adds rows to the table `name`, which has a leading column `step`; its columns stay as first given."""
+        """Adds rows to the table `name`, which has a leading column `step`; its columns stay as first given.
+
+        All rows of a run are kept in memory until it ends: give a few samples a step, not all of them.
+        """
 
     def finish(self, exit_code: int = 0) -> None:
         """Writes out what is pending; `exit_code` other than 0 marks the run as failed."""
@@ -65,10 +68,11 @@ class WandbTracker(Tracker):
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"W&B did not start: {reason}; check WANDB_API_KEY, or set WANDB_MODE=offline or tracker=none") from error
+            fix = "check WANDB_API_KEY, or set WANDB_MODE=offline or tracker=none"
+            raise UserError(f"W&B did not start: {reason}; {fix}") from error
         self._wandb = wandb
         self._tables: dict[str, Any] = {}
-        self.where = self._run.url or f"W&B {mode} in {folder}"
+        self.where = str(self._run.url) if mode == "online" else f"W&B {mode}, in {folder}"
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         # A resumed run repeats the steps after its checkpoint; W&B keeps the first, which a bit-equal resume repeats.
@@ -77,7 +81,8 @@ class WandbTracker(Tracker):
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         if name not in self._tables:
             # Incremental: each log uploads the new rows only and none replaces an earlier one.
-            self._tables[name] = self._wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL", allow_mixed_types=True)
+            names: list[str | int] = ["step", *columns]
+            self._tables[name] = self._wandb.Table(columns=names, log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in rows:
             assert len(row) == len(columns), f"table {name}: {len(row)} values for {len(columns)} columns"
             self._tables[name].add_data(step, *redact(list(row)))
@@ -106,8 +111,8 @@ def make_tracker(
 ) -> Tracker:
     """The tracker that `cfg.name` names (`wandb` or `none`); the null object on every rank but the main one.
 
-    `run_config_dict` is the whole run as nested plain values; values of environment variables whose names look like keys
-    are redacted from it. `resume` continues the run whose id `output_dir` holds.
+    `run_config_dict` is the whole run as nested plain values; values of environment variables whose names look like
+    keys are redacted from it. `resume` continues the run whose id `output_dir` holds.
     """
     kinds: dict[str, type[WandbTracker] | None] = {"wandb": WandbTracker, "none": None}
     if cfg.name not in kinds:
