@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a 
 from conf.errors import UserError  # noqa: E402  (needs the path above)
 
 USER_MISTAKE, FAULT = 2, 1
+GRACE_S = 5.0  # the launcher ends rank 0 as soon as another rank has ended: first it may write the reason
 
 
 def run(argv: list[str]) -> None:
@@ -78,6 +80,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         if rank == 0:
             report(argv, rank, str(error), str(error))
+        else:
+            time.sleep(GRACE_S)
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130

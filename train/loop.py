@@ -8,26 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
-from data.packing import PackedBatch
 from model import Transformer
 from train import distributed
 from train.engine import Engine
+from train.evaluate import Sequences
 from train.flops import flops_per_token
 from train.losses import Counts, Sums, add_sums, global_counts, micro_batch_loss, reduce_sums, step_metrics, step_shapes
 from train.optim import build_optimizer, rates, select_trainable
 from train.run import Clock, RunContext
 
 STATS = {"dense": ("kl_uniform", "mass", "oracle_mass", "rows"), "selected": ("kl_uniform", "rows"), None: ()}
-
-
-class Sequences(Protocol):
-    """The i-th training sequence of the run, the same on every rank."""
-
-    def sequence(self, index: int) -> PackedBatch: ...
 
 
 @dataclass(frozen=True)
@@ -41,15 +34,15 @@ class Step:
     stop: bool
 
 
-def open_stream(context: RunContext) -> Sequences:
-    """The run's training data; rank 0 prepares it first, the others find it on disk."""
+def open_stream(context: RunContext, split: str = "train") -> Sequences:
+    """The run's data, `train` or `heldout`; rank 0 prepares it first, the others find it on disk."""
     from data.stream import TokenStream
 
     config, tokenizer = context.config, context.tokenizer()
     cache = context.folder.parent / ".cache"
 
     def build() -> Sequences:
-        return TokenStream(config.data, tokenizer, config.train.seed, "train", cache_dir=cache, progress=context.is_main)
+        return TokenStream(config.data, tokenizer, config.train.seed, split, cache_dir=cache, progress=context.is_main)
 
     first = build() if context.is_main else None
     distributed.barrier()

@@ -84,10 +84,14 @@ def add_sums(total: Sums, part: Sums) -> None:
 
 
 def reduce_sums(sums: Sums, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
-    """Sums over all ranks in one collective. `shapes`: name -> full shape, the same on every rank; what is missing is zero."""
+    """Sums over all ranks in one collective.
+
+    `shapes`: name -> full shape, the same on every rank. What is missing counts as zero, what is not named is left out.
+    """
     where = distributed.device()
     full = {name: torch.zeros(shape, dtype=torch.float64, device=where) for name, shape in shapes.items()}
-    for name, value in sums.items():
+    for name in sums.keys() & full.keys():
+        value = sums[name]
         full[name][tuple(slice(0, size) for size in value.shape)] = value
     flat = distributed.sum_over_ranks(torch.cat([full[name].flatten() for name in sorted(full)]))
     parts = flat.split([full[name].numel() for name in sorted(full)])

@@ -1,0 +1,90 @@
+"""Held-out losses of a model: LM loss with dense and with sparse attention, and what the indexer captures of attention.
+
+The indexer is measured against dense attention over all causal positions, so a run before and after adaptation is read on
+the same scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.packing import PackedBatch
+from model import Transformer
+from train import distributed
+from train.losses import Sums, add_sums, indexer_metrics, reduce_sums
+
+STATS = ("kl_uniform", "mass", "oracle_mass", "rows")
+
+
+class Sequences(Protocol):
+    """The i-th packed sequence, the same on every rank."""
+
+    def sequence(self, index: int) -> PackedBatch: ...
+
+
+@torch.no_grad()
+def evaluate_losses(
+    net: Transformer,
+    sequences: Sequences,
+    num_sequences: int,
+    precision: str = "fp32",
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The first `num_sequences` of `sequences`, shared out over the ranks; the same result on every rank.
+
+    Returns loss/lm_dense and loss/lm_sparse (nats a token), loss/mtp_dense where there is MTP, and the keys of
+    `losses.indexer_metrics` for all causal positions. `done` is called after each of this rank's sequences.
+    """
+    device = next(net.parameters()).device
+    layers = net.config.num_hidden_layers + len(net.mtp)
+    total: Sums = {}
+    with _frozen(net), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for index in range(distributed.rank(), num_sequences, distributed.world_size()):
+            batch = {name: field.to(device) for name, field in sequences.sequence(index).tensors().items()}
+            add_sums(total, {name: value.double() for name, value in sequence_sums(net, batch).items()})
+            done()
+    scalars = ("lm_dense", "lm_sparse", "mtp_dense", "lm_tokens", "mtp_tokens", "positions")
+    shapes: dict[str, tuple[int, ...]] = {name: () for name in scalars} | {"kl": (layers,)}
+    found = reduce_sums(total, shapes | {f"stat/{name}": (layers,) for name in STATS})
+    tokens = max(float(found["lm_tokens"]), 1.0)
+    result = {"loss/lm_dense": float(found["lm_dense"]) / tokens, "loss/lm_sparse": float(found["lm_sparse"]) / tokens}
+    if found["mtp_tokens"] > 0:
+        result["loss/mtp_dense"] = float(found["mtp_dense"] / found["mtp_tokens"])
+    stats = {name: found[f"stat/{name}"] for name in STATS}
+    rows = max(float(found["positions"]), 1.0)
+    return result | indexer_metrics(found["kl"], stats, rows, net.config.num_hidden_layers, "dense")
+
+
+def sequence_sums(net: Transformer, batch: dict[str, Tensor]) -> Sums:
+    """Sums over one sequence: one dense forward with the indexer's loss, one sparse."""
+    dense = net(**batch, attention="dense", indexer_loss="dense", stats=True)
+    sparse = net(**batch, attention="sparse")
+    assert dense.indexer_kl is not None
+    sums = {
+        "lm_dense": -dense.token_logprobs.sum(),
+        "lm_sparse": -sparse.token_logprobs.sum(),
+        "lm_tokens": (batch["labels"] >= 0).sum(),
+        "positions": dense.num_rows,
+        "kl": dense.indexer_kl,
+    }
+    if dense.mtp_logprobs is not None:
+        sums |= {"mtp_dense": -dense.mtp_logprobs.sum(), "mtp_tokens": (batch["mtp_labels"] >= 0).sum()}
+    return sums | {f"stat/{name}": dense.stats[name] for name in STATS}
+
+
+@contextmanager
+def _frozen(net: Transformer) -> Iterator[None]:
+    """No parameter asks for gradients: the indexer's loss would otherwise make its own, even under no_grad."""
+    asked = [p for p in net.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
