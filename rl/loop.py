@@ -1,0 +1,194 @@
+"""GRPO (arXiv 2512.02556, sec. 3.1): sample -> reward -> advantage -> pack -> (mini-batches) loss, backward, step ->
+metrics.
+
+    torchrun launch/stage.py +stage=grpo init_from=runs/sparse_adapt rl.group_size=8
+
+A step of the run is one iteration: every rank rolls out its share of the prompts in whole groups and all ranks take
+the same `rl.mini_batches` optimiser steps on them. pi_old is what the sampler returned. The indexer stays as
+adaptation left it, and so do the router's bias and the MTP module, which has no loss here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from conf.schema import RLConfig
+from data.chat import encode_prompt
+from data.prompts import prompts
+from model import Transformer
+from rl.groups import Experience, grade, judge
+from rl.loss import LossSettings
+from rl.prompts import PromptStream
+from rl.reference import Reference
+from rl.rewards import part_weights
+from rl.rewards.pool import RewardPool
+from rl.rollout import RolloutEngine
+from rl.rollout.native import NativeEngine
+from rl.samples import COLUMNS, SamplesWriter, sample_row
+from rl.summary import add_over_ranks, experience_metrics, experience_sums
+from rl.update import mini_batch_of, run_mini_batch
+from train import checkpoint, distributed
+from train.checkpoint import TrainState
+from train.engine import Engine
+from train.guards import Guard
+from train.optim import build_optimizer, rates, select_trainable
+from train.run import RunContext
+
+SHOWN_SAMPLES = 8  # of rank 0, an iteration, in samples.jsonl
+
+
+def run(context: RunContext) -> None:
+    """Trains the policy for `train.steps` iterations and writes `hf/`."""
+    config, rl = context.config, context.config.rl
+    context.guard = Guard(math.inf, config.train.max_skipped_steps)  # a policy loss has no scale for a spike
+    net = context.build_net()
+    freeze(net, context)
+    reference = Reference(net, context.folder) if rl.beta > 0 else None
+    engine = Engine(net, build_optimizer(net, config.optim), config.optim, config.parallel, config.precision.name)
+    state = context.restore(engine)
+    if reference is not None:
+        reference.restore(int(state.extra.get("reference_step", 0)))
+    stream = open_prompts(context)
+    stream.skip_to(state.step)
+    policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast_dtype(config.precision.name))
+    writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
+    with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
+        while state.step < config.train.steps:
+            start = time.monotonic()
+            experience, row = gather_experience(context, policy, pool, stream, state)
+            row |= improve(context, engine, experience, reference, state)
+            state.step += 1
+            row["tokens"] = state.tokens
+            row["perf/tokens_per_s"] = row.pop("new_tokens") / (time.monotonic() - start)
+            if context.logs(state.step):
+                context.log(state.step, row)
+                show(context, writer, experience, state.step)
+            progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
+            finish_iteration(context, engine, reference, state)
+    context.export(net)
+    engine.close()
+
+
+def freeze(net: Transformer, context: RunContext) -> None:
+    """Trains what the stage declares, less the MTP module: a zero gradient would still let weight decay shrink it."""
+    select_trainable(net, context.stage)
+    net.mtp.requires_grad_(False)
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def open_prompts(context: RunContext) -> PromptStream:
+    """The run's prompts with the chat encoding of its tokenizer."""
+    config, tokenizer = context.config, context.tokenizer()
+    rl, data = config.rl, config.data
+    source = prompts(rl.path, "train", config.train.seed, data.operand_digits, data.heldout)
+    longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
+    return PromptStream(iter(source), lambda text: encode_prompt(text, tokenizer), rl, config.train.seed, longest)
+
+
+def gather_experience(
+    context: RunContext, policy: RolloutEngine, pool: RewardPool, stream: PromptStream, state: TrainState
+) -> tuple[Experience, dict[str, float]]:
+    """Sample -> reward -> advantage on this rank; the metrics are those of all ranks."""
+    rl = context.config.rl
+    policy.weight_version = state.step
+    start = time.monotonic()
+    samples = policy.generate(stream.requests(distributed.rank(), distributed.world_size()))
+    rollout_seconds = time.monotonic() - start
+    samples, failures = grade(samples, pool, rl)
+    experience = judge(samples, failures, rl)
+    for reason, count in Counter(failures).items():
+        context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
+    sums = add_over_ranks(experience_sums(experience, part_weights(rl)))
+    state.tokens += int(sums["tokens"])
+    state.data_position += rl.prompts_per_step
+    row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))
+    return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
+
+
+def loss_settings(rl: RLConfig) -> LossSettings:
+    return LossSettings(rl.clip_low, rl.clip_high, rl.beta, rl.off_policy_delta)
+
+
+def improve(
+    context: RunContext, engine: Engine, experience: Experience, reference: Reference | None, state: TrainState
+) -> dict[str, float]:
+    """The iteration's optimiser steps, one a mini-batch; means over them (`mismatch/k3`: of the first, before any
+    step)."""
+    config, rl = context.config, context.config.rl
+    values = rates(state.step, config.train.steps, config.optim)
+    rows: list[dict[str, float]] = []
+    for number in range(rl.mini_batches):
+        members = [
+            i
+            for i, sample in enumerate(experience.trained)
+            if mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches) == number
+        ]
+        update = run_mini_batch(
+            engine, experience, members, loss_settings(rl), reference, rl.pack_len, context.stage.attention
+        )
+        if update is None:
+            context.say(f"iteration {state.step + 1}: mini-batch {number} has no graded group, so no step is taken")
+            continue
+        reason = context.guard.judge(update.loss, update.grad_norm)
+        engine.step(values, skip=reason is not None)
+        if reason is not None:
+            context.say(f"iteration {state.step + 1}: mini-batch {number} left out: {reason}")
+            context.guard.count_skip(state.step + 1, reason)
+        rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
+    found = mean_rows(rows)
+    if rows:
+        found["mismatch/k3"] = rows[0]["mismatch/k3"]
+    return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
+
+
+def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each key; empty where there are no rows."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def show(context: RunContext, writer: SamplesWriter | None, experience: Experience, step: int) -> None:
+    """A few of rank 0's samples, from as many prompts as possible, into samples.jsonl and the tracker's table."""
+    if writer is None:
+        return
+    by_place = sorted(experience.samples, key=lambda s: (s.request.sample_index, s.request.prompt_index))
+    rows = [sample_row(sample, experience.advantage_of(sample)) for sample in by_place[:SHOWN_SAMPLES]]
+    writer.write(step, rows)
+    cells = [[_cell(row[column]) for column in COLUMNS] for row in rows]
+    context.tracker.table("samples", step, list(COLUMNS), cells)
+
+
+def _cell(value: object) -> object:
+    """A table's cell: nested values as text."""
+    return json.dumps(value) if isinstance(value, Mapping) else value
+
+
+def finish_iteration(context: RunContext, engine: Engine, reference: Reference | None, state: TrainState) -> None:
+    """Refreshes the reference, saves where it is due, and stops where any rank was asked to."""
+    refresh = context.config.rl.reference_refresh
+    net = engine.net
+    assert isinstance(net, Transformer)
+    if reference is not None and refresh and state.step % refresh == 0:
+        reference.refresh(net, state.step)
+        state.extra["reference_step"] = state.step
+    stop = distributed.max_over_ranks(float(context.stop_asked)) > 0
+    if context.save_due(state.step):
+        context.save(engine, state)
+        if reference is not None and context.is_main:
+            reference.drop_unused(saved_references(context))
+    if stop and state.step < context.config.train.steps:
+        context.preempt(engine, state)
+
+
+def saved_references(context: RunContext) -> list[int]:
+    """The references that the run's checkpoints need."""
+    folders = checkpoint.step_folders(context.folder / "checkpoints").values()
+    return [int(checkpoint.read_state(folder).extra.get("reference_step", 0)) for folder in folders]

@@ -1,0 +1,81 @@
+"""Which samples an iteration draws: the run's prompts in order, dealt to ranks, each sample with a seed of its own.
+
+Everything is a pure function of (train.seed, iteration, global index of the prompt, index in the group), so results
+depend on neither the number of ranks nor on whether the run was killed and resumed, and no generator's state is
+saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+
+from conf.errors import UserError
+from conf.schema import RLConfig
+from data.prompts import Prompt
+from rl.messages import RolloutRequest
+
+PATIENCE = 1000  # prompts in a row that may be too long before it is an error
+
+
+def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int) -> int:
+    """63 bits that no two samples of a run share, but by chance."""
+    packed = struct.pack("<4q", seed, iteration, prompt_index, sample_index)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class PromptStream:
+    """The prompts of the run, `prompts_per_step` an iteration. Every rank walks all of them and encodes its own.
+
+    source: the prompts in order, without end; encode: text -> token ids; longest: tokens that a prompt may have.
+    Longer ones are passed over and counted in `too_long`.
+    """
+
+    def __init__(
+        self, source: Iterator[Prompt], encode: Callable[[str], list[int]], rl: RLConfig, seed: int, longest: int
+    ) -> None:
+        self.source, self.encode, self.rl, self.seed, self.longest = source, encode, rl, seed, longest
+        self.iteration = 0
+        self.too_long = 0
+
+    def _next(self) -> tuple[Prompt, tuple[int, ...]]:
+        for _ in range(PATIENCE):
+            prompt = next(self.source, None)
+            if prompt is None:
+                raise UserError(f"rl.path={self.rl.path} holds no prompt to train on: give rows of prompt and answer")
+            ids = self.encode(prompt.prompt)
+            if len(ids) <= self.longest:
+                return prompt, tuple(ids)
+            self.too_long += 1
+        raise UserError(
+            f"{PATIENCE} prompts in a row are longer than {self.longest} tokens, the room beside"
+            f" rl.max_new_tokens={self.rl.max_new_tokens} in rl.pack_len={self.rl.pack_len}: raise rl.pack_len"
+        )
+
+    def skip_to(self, iteration: int) -> None:
+        """Passes over what the iterations before have used."""
+        assert iteration >= self.iteration, "the stream only goes forward"
+        for _ in range((iteration - self.iteration) * self.rl.prompts_per_step):
+            self._next()
+        self.iteration = iteration
+
+    def requests(self, rank: int, world: int) -> list[RolloutRequest]:
+        """This rank's samples of the next iteration: prompts rank, rank + world, ..., whole groups."""
+        prompts = [self._next() for _ in range(self.rl.prompts_per_step)]
+        found = [
+            RolloutRequest(
+                prompt_index=index,
+                sample_index=sample,
+                domain=prompt.domain,
+                prompt=prompt.prompt,
+                answer=prompt.answer,
+                prompt_ids=ids,
+                seed=sample_seed(self.seed, self.iteration, index, sample),
+            )
+            for index, (prompt, ids) in enumerate(prompts)
+            if index % world == rank
+            for sample in range(self.rl.group_size)
+        ]
+        self.iteration += 1
+        return found

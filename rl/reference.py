@@ -1,0 +1,65 @@
+"""The reference policy of the KL term: a frozen copy of the policy, refreshed every so many iterations (R1: 400).
+
+The first reference is the weights that the run starts from. A refreshed one is written to
+`reference/step_N.safetensors` before any checkpoint that needs it, and the checkpoint holds N: a resumed run goes on
+with the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import Transformer
+from train import distributed
+
+
+class Reference:
+    """`step` is the iteration whose weights it holds; 0 the start of the run."""
+
+    def __init__(self, net: Transformer, run: Path) -> None:
+        """`net` holds the weights that the run starts from; they are copied."""
+        self.folder, self.step = run / "reference", 0
+        self.net = copy.deepcopy(net).requires_grad_(False)
+
+    def restore(self, step: int) -> None:
+        """Goes back to the reference of iteration `step`, as a checkpoint names it."""
+        if step > 0:
+            from safetensors.torch import load_file
+
+            self.net.load_state_dict(load_file(self._file(step)))
+        self.step = step
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step_{step}.safetensors"
+
+    @torch.no_grad()
+    def logprobs(self, inputs: dict[str, Tensor]) -> Tensor:
+        """log pi_ref of a row's labels [T]."""
+        found = self.net(**inputs, attention="sparse").token_logprobs
+        assert found is not None
+        return found
+
+    def refresh(self, net: Transformer, step: int) -> None:
+        """Takes over the policy of `step`; rank 0 keeps it on disk. All ranks call it."""
+        self.net.load_state_dict(net.state_dict())
+        self.step = step
+        if distributed.rank() == 0:
+            from safetensors.torch import save_file
+
+            self.folder.mkdir(exist_ok=True)
+            partial = self.folder / ".tmp"
+            save_file({name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}, partial)
+            partial.replace(self._file(step))
+        distributed.barrier()
+
+    def drop_unused(self, needed: Iterable[int]) -> None:
+        """Removes the files of references that no checkpoint names any more (rank 0)."""
+        keep = {self._file(step) for step in (*needed, self.step)}
+        for path in self.folder.glob("step_*.safetensors"):
+            if path not in keep:
+                path.unlink()

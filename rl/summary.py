@@ -1,0 +1,52 @@
+"""What an iteration's rollouts came to: sums on each rank, added over ranks, then turned into means for
+metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from rl.groups import Experience
+from train import distributed
+
+
+def add_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
+    """The same keys, each summed over ranks in one collective; every rank gives the same keys."""
+    names = sorted(sums)
+    held = torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=distributed.device())
+    return dict(zip(names, distributed.sum_over_ranks(held).tolist(), strict=True))
+
+
+def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, float]:
+    """Counts and sums over this rank's samples; `parts` are the names of the reward's parts."""
+    samples = experience.samples
+    graded = [sample for sample in samples if sample.reward is not None]
+    return {
+        "samples": len(samples),
+        "graded": len(graded),
+        "groups": len({sample.request.prompt_index for sample in samples}),
+        "failed_groups": experience.failed_groups,
+        "zero_spread_groups": experience.zero_spread_groups,
+        "sampled_tokens": sum(sample.num_sampled for sample in samples),
+        "tokens": sum(len(sample.tokens) for sample in samples),
+        "truncated": sum(sample.finish_reason == "length" for sample in samples),
+        "reward": sum(sample.reward or 0.0 for sample in graded),
+        **{f"part/{name}": sum(sample.reward_parts[name] for sample in graded) for name in parts},
+    }
+
+
+def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:
+    """Means over the samples of all ranks. `rollout_seconds`: of the slowest rank."""
+    samples, graded, groups = sums["samples"], max(1.0, sums["graded"]), sums["groups"]
+    parts = {name.removeprefix("part/"): value for name, value in sums.items() if name.startswith("part/")}
+    return {
+        "reward/mean": sums["reward"] / graded,
+        **{f"reward/{name}": value / graded for name, value in parts.items()},
+        "reward/failed_grades": samples - sums["graded"],
+        "reward/failed_groups": sums["failed_groups"],
+        "reward/zero_spread_frac": sums["zero_spread_groups"] / groups,
+        "rollout/length_mean": sums["sampled_tokens"] / samples,
+        "rollout/truncated_frac": sums["truncated"] / samples,
+        "rollout/tokens_per_s": sums["sampled_tokens"] / max(rollout_seconds, 1e-9),
+    }

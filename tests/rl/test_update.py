@@ -1,0 +1,135 @@
+"""Sampler against trainer, and a mini-batch's gradient under any layout of rows and ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import OptimConfig, ParallelConfig, RLConfig
+from model import Transformer
+from rl.groups import Experience
+from rl.loss import LossSettings
+from rl.messages import RolloutRequest, Sample
+from rl.packing import empty_row, pack_samples
+from rl.rollout.native import NativeEngine
+from rl.update import mini_batch_of, run_mini_batch
+from tests.distributed.helper import run_ranks
+from tests.train import tiny
+from train import distributed
+from train.engine import Engine
+from train.optim import SkippableAdamW, parameter_groups
+
+PROMPTS, GROUP, NEW = 4, 3, 14
+RL = RLConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=NEW)
+
+
+class Numbers:
+    """A tokenizer whose text is its ids."""
+
+    eos_token_id = 1
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+def draw(net: Transformer, indices: range) -> list[Sample]:
+    """Samples of prompts of unequal lengths, a prompt longer than index_topk among them."""
+    requests = [
+        RolloutRequest(p, s, "none", "", "", tuple(range(2, 4 + 3 * p)), seed=100 * p + s)
+        for p in indices
+        for s in range(GROUP)
+    ]
+    return NativeEngine(net, Numbers(), RL).generate(requests)  # type: ignore[arg-type]
+
+
+def experience(samples: list[Sample]) -> Experience:
+    advantages = [float(s.request.sample_index - 1 + 0.5 * s.request.prompt_index) for s in samples]
+    return Experience(samples, trained=samples, advantages=advantages)
+
+
+def test_samples_hold_what_was_drawn():
+    net = tiny.build()
+    samples = draw(net, range(PROMPTS))
+    assert [(s.request.prompt_index, s.request.sample_index) for s in samples] == [
+        (p, s) for p in range(PROMPTS) for s in range(GROUP)
+    ]
+    for sample in samples:
+        prompt = len(sample.request.prompt_ids)
+        assert tuple(sample.tokens.ids[:prompt]) == sample.request.prompt_ids
+        assert sample.tokens.loss_mask == [False] * prompt + [True] * (len(sample.tokens) - prompt)
+        ended = sample.tokens.ids[-1] == 1
+        assert sample.finish_reason == ("stop" if ended else "length")
+        said = sample.tokens.ids[prompt:-1] if ended else sample.tokens.ids[prompt:]
+        assert sample.text == " ".join(map(str, said))
+
+
+def test_trainer_and_sampler_agree_on_every_log_prob():
+    net = tiny.build()
+    samples = draw(net, range(PROMPTS))
+    assert max(len(s.tokens) for s in samples) > net.config.index_topk
+    for row in pack_samples(samples, [0.0] * len(samples), 64):
+        out = net(**row.inputs(), attention="sparse")
+        drawn = row.sequence >= 0
+        torch.testing.assert_close(out.token_logprobs[drawn], row.behaviour[drawn], rtol=0, atol=1e-5)
+
+
+def test_an_empty_row_gives_zero_gradients_and_no_nan():
+    net = tiny.build()
+    out = net(**empty_row(16).inputs(), attention="sparse")
+    out.token_logprobs.sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is None or bool((p.grad == 0).all()), name
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2, 5, 12])
+def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
+    samples = [
+        Sample(RolloutRequest(p, s, "", "", "", (), 0), None, "", "stop")  # type: ignore[arg-type]
+        for p in range(PROMPTS)
+        for s in range(GROUP)
+    ]
+    numbers = [mini_batch_of(sample, PROMPTS, GROUP, mini_batches) for sample in samples]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(mini_batches))
+
+
+def _gradient(zero: int, deal: list[list[int]], length: int) -> tuple[np.ndarray, dict[str, float]]:
+    """All gradients of one mini-batch as the optimiser's step sees them (SGD at rate 1), with this rank's prompts."""
+    net = tiny.build()
+    net.mtp.requires_grad_(False)
+    for _, p in net.indexer_parameters():
+        p.requires_grad_(False)
+    mine = deal[distributed.rank()]
+    found = experience([s for p in mine for s in draw(net, range(p, p + 1))])
+    with torch.no_grad():  # off policy, so that ratio and clip matter; the same on every rank
+        net.lm_head.weight.mul_(1.1)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    before = torch.cat([p.detach().flatten().clone() for p in trained])
+    optimizer = torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
+    engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), ParallelConfig(zero=zero))
+    members = range(len(found.trained))
+    update = run_mini_batch(engine, found, members, LossSettings(0.2, 0.3), None, length, "sparse")
+    assert update is not None
+    engine.step({"trunk": 1.0, "indexer": 1.0})
+    after = torch.cat([p.detach().flatten() for p in trained])
+    return (before - after).numpy(), {**update.metrics, "loss": update.loss, "sequences": update.num_sequences}
+
+
+def test_the_gradient_depends_on_neither_rows_nor_ranks():
+    """One rank with long rows against two ranks dealt unequally (so that one pads with empty rows) with short rows."""
+    ((whole, metrics),) = run_ranks(_gradient, 1, 0, [[0, 1, 2, 3]], 256)
+    assert metrics["sequences"] == PROMPTS * GROUP and abs(whole).max() > 1e-3
+    parts = run_ranks(_gradient, 2, 1, [[3], [0, 2, 1]], 32)
+    for gradient, found in parts:
+        np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
+        assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+
+
+def _nothing_to_train() -> bool:
+    net = tiny.build()
+    engine = Engine(net, SkippableAdamW(parameter_groups(net, 0.0)), OptimConfig(lr=1.0), ParallelConfig(zero=1))
+    return run_mini_batch(engine, Experience([]), [], LossSettings(0.2, 0.2), None, 32, "sparse") is None
+
+
+def test_a_mini_batch_without_any_group_is_passed_over():
+    assert run_ranks(_nothing_to_train, 2) == [True, True]
