@@ -16,6 +16,7 @@ them. So a checkpoint that holds no tensor of its MTP layers is read without the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,9 @@ def save_pretrained(
         return tensor if slot.expert is None else tensor[slot.expert]
 
     kept = dtype or net.lm_head.weight.dtype
-    _write(config, slots(net, config), source, kept, folder, tokenizer_folder, max_shard_bytes, progress)
+    content = write_config(config, _name(kept), **special_token_ids(tokenizer_folder))
+    planned = _planned(slots(net, config), source, kept)
+    write_folder(folder, content, planned, max_shard_bytes, tokenizer_folder, progress)
 
 
 def convert(
@@ -203,31 +206,24 @@ def convert(
         return checkpoint.read(name) if name in read else made[slot.ours]
 
     kept = dtype or torch_dtype_of(checkpoint.entries["lm_head.weight"])
-    tokenizer = folder if (Path(folder) / "tokenizer.json").is_file() else None
-    _write(config, slots(net, config), source, kept, out, tokenizer, max_shard_bytes, progress)
+    raw = load_config_json(folder)
+    content = write_config(config, _name(kept), raw.get("bos_token_id"), raw.get("eos_token_id"))
+    write_folder(out, content, _planned(slots(net, config), source, kept), max_shard_bytes, folder, progress)
 
 
-def _write(
-    config: ModelConfig,
-    table: list[Slot],
-    source: Callable[[Slot], Tensor],
-    dtype: torch.dtype,
-    folder: str | Path,
-    tokenizer_folder: str | Path | None,
-    max_shard_bytes: int,
-    progress: Progress[list[Planned]],
-) -> None:
+def _planned(table: list[Slot], source: Callable[[Slot], Tensor], dtype: torch.dtype) -> list[Planned]:
     def plan(slot: Slot) -> Planned:
         kind = stored_dtype(slot.hf_name, dtype)
-        num_bytes = kind.itemsize * int(torch.Size(slot.shape).numel())
 
         def make() -> Tensor:
             # the clone keeps tensors of one file from sharing memory, which safetensors refuses
             tensor = source(slot).detach().to("cpu", kind)
             return tensor.clone() if slot.is_copy else tensor.contiguous()
 
-        return Planned(slot.hf_name, num_bytes, make)
+        return Planned(slot.hf_name, kind.itemsize * math.prod(slot.shape), make)
 
-    name = str(dtype).removeprefix("torch.")
-    content = write_config(config, name, **special_token_ids(tokenizer_folder))
-    write_folder(folder, content, [plan(slot) for slot in table], max_shard_bytes, tokenizer_folder, progress)
+    return [plan(slot) for slot in table]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -201,7 +201,10 @@ def _check_fit(config: ModelConfig, raw: dict[str, Any], where: str) -> None:
 
 
 def write_config(
-    config: ModelConfig, dtype: str = "bfloat16", bos_token_id: int | None = None, eos_token_id: int | None = None
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
 ) -> dict[str, Any]:
     """ModelConfig -> the content of a DeepSeek-V3.2 config.json. `dtype` is the name of the tensors' dtype in torch.
 

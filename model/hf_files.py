@@ -9,6 +9,7 @@ and the tensor named, without touching the data. Tensors are then mapped into me
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -204,9 +205,12 @@ def write_folder(
         _write_json(partial / "config.json", config)
         for file in _tokenizer_files(tokenizer_folder):
             shutil.copyfile(file, partial / file.name)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -246,6 +250,15 @@ def _refuse_foreign(folder: Path) -> None:
             raise UserError(
                 f"{folder} holds {path.name}, which no export wrote: give a new folder to write a checkpoint to"
             )
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or a folder's list of names is on the disk: renames must not overtake data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _tokenizer_files(folder: str | Path | None) -> list[Path]:

@@ -327,11 +327,21 @@ def test_a_write_replaces_an_earlier_checkpoint_and_what_a_kill_left(folder: Pat
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_a_kill_between_the_renames_loses_nothing(folder: Path) -> None:
+def test_a_kill_between_the_renames_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(items: list) -> Iterator:
         raise OSError("disk full")
 
-    folder.rename(folder.with_name(f".{folder.name}.old"))
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("killed")
+        return rename(path, target)
+
+    rename = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(Path, "rename", killed)
+        save_pretrained(make_net(CONFIG, seed=1), folder)
+    assert not folder.exists()
+    # the next write brings back what there was before it does anything else
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(make_net(CONFIG, seed=1), folder, progress=failing)
     assert_same_state(from_pretrained(folder), make_net(CONFIG))
@@ -382,3 +392,13 @@ def test_convert_gives_a_dense_checkpoint_an_indexer(tmp_path: Path) -> None:
     convert(tmp_path / "dense", tmp_path / "out", seed=5, index_head_dim=16)
     assert_same_state(from_pretrained(tmp_path / "out"), from_pretrained(tmp_path / "dense", seed=5, index_head_dim=16))
     assert read_config(tmp_path / "out").index_n_heads == 64
+
+
+def test_convert_keeps_token_ids_and_tokenizer(tmp_path: Path, folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"bos_token_id": 4, "eos_token_id": [5, 6]}))
+    (folder / "tokenizer.json").write_text("{}")
+    convert(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (4, [5, 6])
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
