@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     index_n_heads=4,
     index_head_dim=16,
     index_topk=4,
-    max_position_embeddings=64,
+    max_position_embeddings=128,
     initializer_range=0.1,
 )
 

@@ -1,0 +1,103 @@
+"""Whole runs of the tiny model in forked processes, with `tiny.batch` as the data and a hook to break them at a sequence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import model.hf  # noqa: F401  (imported before the processes fork)
+import train.loop
+from conf.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrackerConfig, TrainConfig
+from data.packing import PackedBatch
+from tests.distributed.helper import run_ranks
+from tests.train import tiny
+from train.run import RunContext, open_run
+
+MODEL: ModelConfig = replace(tiny.MODEL, vocab_size=256)
+Hook = Callable[[int], None]
+
+
+def config(folder: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
+    """A run of six steps that saves every second one. `changes`: fields of `train`, `zero`, `optim`, `model`, `init_from`."""
+    steps = {"steps": 6, "log_every": 1, "save_every": 2, "micro_batches": 2}
+    fields = {key: value for key, value in changes.items() if key in TrainConfig.__dataclass_fields__}
+    return RunConfig(
+        stage=stage,
+        output_dir=str(folder),
+        init_from=changes.get("init_from"),
+        resume=changes.get("resume", "auto"),
+        model=changes.get("model", MODEL),
+        data=DataConfig(source="synthetic", seq_len=16, tokenizer="bytes"),
+        train=TrainConfig(**(steps | fields)),
+        optim=changes.get("optim", OptimConfig(warmup_steps=2)),
+        parallel=ParallelConfig(zero=changes.get("zero", 1)),
+        tracker=TrackerConfig(name="none"),
+    )
+
+
+class _Hooked:
+    def __init__(self, hook: Hook | None) -> None:
+        self.hook = hook
+
+    def sequence(self, index: int) -> PackedBatch:
+        if self.hook is not None:
+            self.hook(index)
+        return PackedBatch(**tiny.batch(index))
+
+
+def _run(run: RunConfig, hook: Hook | None, overrides: frozenset[str]) -> str:
+    def open_stream(context: RunContext, split: str = "train") -> _Hooked:
+        context.tokenizer()
+        return _Hooked(hook)
+
+    train.loop.open_stream = open_stream  # type: ignore[assignment]  (this process alone)
+    context = open_run(run, overrides)
+    if context is None:
+        return "finished before"
+    try:
+        with context:
+            train.loop.train(context)
+    except SystemExit as end:
+        return f"exit {end.code}"
+    return "finished"
+
+
+def go(run: RunConfig, world: int = 1, hook: Hook | None = None, overrides: frozenset[str] = frozenset()) -> list[str]:
+    """Runs it -> how each rank ended."""
+    return run_ranks(_run, world, run, hook, overrides)
+
+
+def die_at(index: int) -> Hook:
+    """Ends the process as kill -9 would when it asks for the global sequence `index`."""
+
+    def hook(asked: int) -> None:
+        if asked == index:
+            os._exit(9)
+
+    return hook
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs from run to run."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in found]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "hf" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-equal metrics and weights."""
+    assert rows(one) == rows(other)
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name

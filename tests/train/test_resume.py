@@ -1,0 +1,160 @@
+"""A run that was killed or stopped and goes on ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from tests.distributed.helper import run_ranks
+from tests.train import runs
+from train import checkpoint
+from train.checkpoint import newest, read_state, step_folders
+
+CASES = [("pretrain", 1, 1), ("pretrain", 0, 2), ("dense_warmup", 2, 1), ("sparse_adapt", 2, 2), ("sft", 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished pretraining run that the other stages start from."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    assert runs.go(runs.config(folder)) == ["finished"]
+    return str(folder)
+
+
+def start(stage: str, base: str) -> str | None:
+    return None if stage == "pretrain" else base
+
+
+@pytest.mark.parametrize(("stage", "zero", "world"), CASES)
+def test_killed_run_ends_in_the_same_bits(stage: str, zero: int, world: int, base: str, tmp_path: Path) -> None:
+    whole = runs.config(tmp_path / "whole", stage, zero=zero, init_from=start(stage, base))
+    killed = runs.config(tmp_path / "killed", stage, zero=zero, init_from=start(stage, base))
+    assert runs.go(whole, world) == ["finished"] * world
+    with pytest.raises(AssertionError):
+        runs.go(killed, world, runs.die_at(4 * 2 * world + 1))  # in step 5, after step 4 was saved and logged
+    assert newest(tmp_path / "killed") == tmp_path / "killed/checkpoints/step_4"
+    assert runs.go(killed, world) == ["finished"] * world
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert [row["step"] for row in runs.rows(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_kill_between_two_checkpoints_repeats_the_steps_once(tmp_path: Path) -> None:
+    assert runs.go(runs.config(tmp_path / "whole", save_every=4)) == ["finished"]
+    with pytest.raises(AssertionError):
+        runs.go(runs.config(tmp_path / "killed", save_every=4), hook=runs.die_at(10))  # step 5 is logged, not saved
+    assert [row["step"] for row in runs.rows(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    assert runs.go(runs.config(tmp_path / "killed", save_every=4)) == ["finished"]
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("moment", ["_sync_tree", "_point_latest"])
+def test_kill_while_saving_leaves_a_whole_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.go(runs.config(tmp_path / "whole")) == ["finished"]
+    real, calls = getattr(checkpoint, moment), []
+
+    def die_the_second_time(*args: Path | str) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            os._exit(9)
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, moment, die_the_second_time)
+        with pytest.raises(AssertionError):
+            runs.go(runs.config(tmp_path / "killed"))
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert list(step_folders(checkpoints)) == ([2] if moment == "_sync_tree" else [2, 4])
+    assert bool(list(checkpoints.glob(".tmp_step_*"))) == (moment == "_sync_tree")
+    assert runs.go(runs.config(tmp_path / "killed")) == ["finished"]
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list(checkpoints.glob(".tmp_*"))
+    assert (checkpoints / "latest").read_text() == "step_6\n"
+    assert list(step_folders(checkpoints)) == [4, 6]  # keep_checkpoints
+
+
+def test_sigterm_on_one_rank_stops_all_after_the_same_saved_step(tmp_path: Path) -> None:
+    def hook(asked: int) -> None:
+        if asked == 10:  # rank 1's, in step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, stopped = (runs.config(tmp_path / name, save_every=5) for name in ("whole", "stopped"))
+    assert runs.go(whole, 2) == ["finished"] * 2
+    assert runs.go(stopped, 2, hook) == ["exit 143"] * 2
+    assert (tmp_path / "stopped/preempted").read_text() == "step 3\n"
+    assert read_state(tmp_path / "stopped/checkpoints/step_3").data_position == 12
+    assert runs.go(stopped, 2) == ["finished"] * 2
+    assert not (tmp_path / "stopped/preempted").exists()
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_finished_run_is_not_run_again_and_can_be_extended(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert runs.go(runs.config(folder)) == ["finished"]
+    assert runs.go(runs.config(folder)) == ["finished before"]
+    assert runs.go(runs.config(folder, steps=8, log_every=3, save_every=3)) == ["finished"]
+    assert [row["step"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 3}, r"train.seed=3 \(was 0\)"),
+        ({"optim": runs.OptimConfig(lr=0.5, warmup_steps=2)}, r"optim.lr=0.5 \(was 0.003\)"),
+        ({"zero": 2}, r"parallel.zero=2 \(was 1\)"),
+        ({"resume": "never"}, "holds a run and resume=never"),
+        ({"stage": "sft"}, "holds a run of stage pretrain"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(changes: dict, named: str, base: str) -> None:
+    def attempt() -> str:
+        try:
+            runs.open_run(runs.config(Path(base), **changes), frozenset())
+        except UserError as error:
+            return str(error)
+        return "accepted"
+
+    (message,) = run_ranks(attempt, 1)
+    pytest.importorskip("re").search(named, message) or pytest.fail(message)
+    assert "\n" not in message
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        runs.go(runs.config(tmp_path / "run"), hook=runs.die_at(8))
+    with pytest.raises(AssertionError, match="UserError: .*step_4 was written by 1 processes and this run has 2: start 1"):
+        runs.go(runs.config(tmp_path / "run"), world=2)
+
+
+def test_changed_starting_weights_are_refused(base: str, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(Path(base) / "hf", tmp_path / "start")
+    run = runs.config(tmp_path / "run", "dense_warmup", init_from=str(tmp_path / "start"))
+    with pytest.raises(AssertionError):
+        runs.go(run, hook=runs.die_at(8))
+    tensors = runs.load_file(tmp_path / "start" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
+    save_file(tensors, tmp_path / "start" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match="belongs to other starting weights than init_from holds now"):
+        runs.go(run)
+
+
+def test_dense_warmup_leaves_the_trunk_and_keeps_no_state_for_it(base: str, tmp_path: Path) -> None:
+    assert runs.go(runs.config(tmp_path / "run", "dense_warmup", init_from=base)) == ["finished"]
+    before, after = runs.weights(Path(base)), runs.weights(tmp_path / "run")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".indexer." in name}
+    values = sum(value.numel() for name, value in before.items() if ".indexer." in name)
+    state = next((tmp_path / "run/checkpoints/step_6").rglob("*optim_states.pt"))
+    saved = torch.load(state, weights_only=False)["optimizer_state_dict"]  # our own file
+    flat = saved["single_partition_of_fp32_groups"]
+    assert sum(part.numel() for part in flat) == values
+    held = saved["base_optimizer_state"]["state"].values()
+    assert sum(part["exp_avg"].numel() for part in held) <= values + 64  # padding
