@@ -152,6 +152,30 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         load_config_json(tmp_path / "hf")
 
 
+def test_the_published_config_is_the_preset() -> None:
+    from conf.load import load
+
+    # DeepSeek-V3.2-Exp's config.json, as published
+    published = {
+        "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+        "hidden_size": 7168, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048,
+        "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v32", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+        "rms_norm_eps": 1e-06, **DEEPSEEK_ROPE, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
+    }  # fmt: skip
+    assert parse_config(published, "x") == load(["+stage=dense_warmup", "model=deepseek_v3_2"]).config.model
+
+
 @pytest.mark.parametrize("rope", [YARN, PLAIN])
 def test_transformers_understands_what_we_write(rope: RopeConfig, tmp_path: Path) -> None:
     from transformers import AutoConfig
