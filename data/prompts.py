@@ -1,0 +1,117 @@
+"""Prompts of RL with their reference answers: rows of a JSONL file, or additions generated here.
+
+Both keep to the split by key, so a prompt held out for evaluation is trained on neither here nor in the text of an
+earlier stage (`data.split`). Any position can be reached at once: a resumed run passes `start`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from data.rows import ROW_SUFFIXES, BadRows, find_files, read_rows
+from data.sources import question_key
+from data.split import in_split
+from data.tasks import arithmetic
+
+COLUMNS = ("prompt", "answer", "domain")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`prompt` is the user's message, `answer` what a grader compares with, `domain` picks rewards and weights."""
+
+    prompt: str
+    answer: str
+    domain: str
+    key: str
+
+
+def prompts(
+    path: str | Path | None,
+    split: str,
+    seed: int,
+    digits: int = 2,
+    heldout: float = 0.05,
+    *,
+    start: int = 0,
+    max_bad_rows: int = 100,
+) -> Iterator[Prompt]:
+    """Prompts of a split from number `start` on.
+
+    train: no end; a file is shuffled anew every epoch. heldout: each key once, in an order of `seed`, then it ends.
+    `path` None: additions of up to `digits` digits. UserError: no file, too many malformed rows, an empty split.
+    """
+    if path is None and split == "train":
+        for problem in arithmetic.problems(split, seed, digits, heldout, start):
+            yield _from_problem(problem)
+        return
+    if path is None:
+        pairs = arithmetic.heldout_pairs(digits, heldout)
+        found = [_from_problem(arithmetic.make_problem(*_either_way(pair, seed))) for pair in pairs]
+    else:
+        found = read_prompts(path, split, heldout, max_bad_rows)
+    if not found:
+        raise UserError(
+            f"rl.path={path} with data.heldout={heldout:g} leaves no prompt in the {split} split:"
+            " give more prompts or another share"
+        )
+    if split == "heldout":
+        once = list({prompt.key: prompt for prompt in found}.values())
+        yield from _shuffled(once, seed, 0)[start:]
+        return
+    epoch, inside = divmod(start, len(found))
+    while True:
+        yield from _shuffled(found, seed, epoch)[inside:]
+        epoch, inside = epoch + 1, 0
+
+
+def read_prompts(path: str | Path, split: str, heldout: float, max_bad_rows: int = 100) -> list[Prompt]:
+    """The prompts of a split in the order of the files (.jsonl(.gz/.zst), .parquet; a file, a glob or a folder)."""
+    bad = BadRows(max_bad_rows)
+    found = []
+    for file in find_files(str(path), "rl.path", ROW_SUFFIXES):
+        for origin, row in read_rows(file, COLUMNS, bad):
+            try:
+                prompt = _from_row(row)
+            except ValueError as error:
+                bad.report(origin, str(error))
+                continue
+            if in_split(prompt.key, split, heldout):
+                found.append(prompt)
+    return found
+
+
+def _from_row(row: Mapping[str, Any]) -> Prompt:
+    """ValueError with the reason if a row is no prompt. A number is taken as an answer by its digits."""
+    prompt, answer, domain = (row.get(name) for name in COLUMNS)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError('no "prompt"' if prompt is None else '"prompt" is no string with text')
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError('no "answer"' if answer is None else '"answer" is neither a number nor a string with text')
+    if domain is not None and not isinstance(domain, str):
+        raise ValueError('"domain" is not a string')
+    (prompt + answer).encode("utf-8")  # a lone surrogate cannot be tokenised; UnicodeError is a ValueError
+    return Prompt(prompt, answer, domain or "general", question_key(prompt))
+
+
+def _from_problem(problem: arithmetic.Problem) -> Prompt:
+    return Prompt(problem.prompt, problem.answer, arithmetic.DOMAIN, problem.key)
+
+
+def _either_way(pair: tuple[int, int], seed: int) -> tuple[int, int]:
+    """The pair in one of its two orders."""
+    a, b = pair
+    return (b, a) if random.Random(f"order/{seed}/{a}/{b}").random() < 0.5 else (a, b)
+
+
+def _shuffled(found: list[Prompt], seed: int, epoch: int) -> list[Prompt]:
+    order = list(found)
+    random.Random(f"prompts/{seed}/{epoch}").shuffle(order)
+    return order

@@ -1,0 +1,188 @@
+"""The four sources of documents: the standard library's own sources, files, a `datasets` set, generated arithmetic.
+
+A document is a text or a conversation with the key that the split goes by. Sources yield them in a fixed order; what
+cannot be read is reported with file and line (`data.rows.BadRows`). Nothing is downloaded but a set that `hf` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.errors import UserError
+from conf.schema import DataConfig
+from data.chat import check_messages
+from data.rows import TEXT_SUFFIXES, BadRows, find_files, read_rows, read_text, suffix
+from data.split import digest, in_split
+from data.tasks import arithmetic
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # folders of the library
+MESSAGES = "messages"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Either `text` or `messages`. `key` decides the split, `origin` says where it stands (file:line)."""
+
+    key: str
+    origin: str
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+
+def question_key(question: str) -> str:
+    """The key of whatever answers this question: a conversation's first user message, an RL prompt."""
+    return arithmetic.prompt_key(question) or digest(" ".join(question.split()))
+
+
+def _row_document(row: Mapping[str, Any], origin: str, text_key: str, conversations: bool) -> Document | None:
+    """A row as a document, None where its text is empty; ValueError with the reason where it is malformed."""
+    if conversations or (MESSAGES in row and row.get(text_key) is None):
+        if row.get(MESSAGES) is None:
+            raise ValueError(f'no "{MESSAGES}"')
+        messages = check_messages(row[MESSAGES])
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        return Document(question_key(question), origin, messages=messages)
+    if row.get(text_key) is None:
+        raise ValueError(f'no "{text_key}"')
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f'"{text_key}" is a {type(text).__name__}, not a string')
+    return Document(digest(text), origin, text=text) if text else None
+
+
+def _rows(cfg: DataConfig, bad: BadRows, conversations: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(origin, row) of the sources that are tables or text files."""
+    columns = [MESSAGES] if conversations else [cfg.text_key, MESSAGES]
+    if cfg.source == "hf":
+        dataset = load_hf(cfg)
+        present = [name for name in columns if name in dataset.column_names]
+        if not present:
+            wanted, names = " or ".join(columns), ", ".join(dataset.column_names)
+            raise UserError(f"data.path={cfg.path} has no column {wanted}: give data.text_key, one of {names}")
+        for number, row in enumerate(dataset.select_columns(present), 1):
+            yield f"{cfg.path}[{cfg.split}]:{number}", row
+        return
+    for path in source_files(cfg):
+        if suffix(path) not in TEXT_SUFFIXES:
+            yield from read_rows(path, columns, bad)
+        elif conversations:
+            raise UserError(f"{path} holds no conversations: give data.path=FILE of rows with {MESSAGES}")
+        else:
+            yield from ((origin, {cfg.text_key: text}) for origin, text in read_text(path, bad))
+
+
+def source_files(cfg: DataConfig) -> list[Path]:
+    """The files of `stdlib` and `files`, sorted. UserError where there are none."""
+    if cfg.source == "files":
+        assert cfg.path is not None, "validated: files has a path"
+        return find_files(cfg.path)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = sorted(path for path in root.rglob("*.py") if not NOT_PROSE & set(path.relative_to(root).parts))
+    if not found:
+        raise UserError(f"data.source=stdlib finds no sources in {root}: use data.source=files data.path=FOLDER")
+    return found
+
+
+def load_hf(cfg: DataConfig) -> Dataset:
+    """One split of a `datasets` name, of a folder `save_to_disk` wrote, or of a folder of data files."""
+    import datasets
+
+    assert cfg.path is not None, "validated: hf has a path"
+    try:
+        if any((Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(cfg.path)
+        else:
+            loaded = datasets.load_dataset(cfg.path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # OSError: no such set, no network
+        raise UserError(
+            f"data.path={cfg.path} cannot be loaded by datasets: {' '.join(str(error).split())}; check name and network"
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if cfg.split not in loaded:
+        raise UserError(f"data.split={cfg.split} is not in data.path={cfg.path}: it has {', '.join(loaded)}")
+    return loaded[cfg.split]
+
+
+def documents(
+    cfg: DataConfig, split: str, seed: int = 0, *, conversations: bool = False, start: int = 0
+) -> Iterator[Document]:
+    """The documents of a split, train or heldout, in a fixed order; `synthetic` has no end and alone uses `seed` and
+    `start` (its first problem).
+
+    `conversations`: every row must hold messages (SFT). Else a row holds `cfg.text_key`, or messages where it has no
+    text. UserError: nothing there, too many malformed rows, no document in the split.
+    """
+    if cfg.source == "synthetic":
+        for problem in arithmetic.problems(split, seed, cfg.operand_digits, cfg.heldout, start):
+            yield Document(problem.key, f"synthetic:{problem.prompt}", messages=problem.messages())
+        return
+    bad = BadRows(cfg.max_bad_rows)
+    seen = kept = 0
+    for origin, row in _rows(cfg, bad, conversations):
+        try:
+            document = _row_document(row, origin, cfg.text_key, conversations)
+        except ValueError as error:
+            bad.report(origin, str(error))
+            continue
+        if document is None:
+            continue
+        seen += 1
+        if in_split(document.key, split, cfg.heldout):
+            kept += 1
+            yield document
+    if seen == 0:
+        raise UserError(f"{cfg.path or cfg.source} holds no document ({bad.count} malformed rows): give data with text")
+    if kept == 0:
+        raise UserError(
+            f"data.heldout={cfg.heldout:g} leaves none of the {seen} documents of {cfg.path or cfg.source} in the"
+            f" {split} split, which goes by whole documents: give more of them or another share"
+        )
+
+
+def fingerprint(cfg: DataConfig) -> str:
+    """Changes whenever the source may: names, sizes and times of its files, and what picks rows from them."""
+    assert cfg.source != "synthetic"
+    if cfg.source == "hf":
+        dataset = load_hf(cfg)
+        files = sorted(Path(entry["filename"]) for entry in dataset.cache_files)
+        extra = [len(dataset), *dataset.column_names]
+    else:
+        files, extra = source_files(cfg), []
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    picked = [cfg.source, cfg.split, cfg.text_key, cfg.heldout, cfg.max_bad_rows]
+    return hashlib.sha256(json.dumps([picked, extra, stats]).encode()).hexdigest()
+
+
+def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000) -> list[str]:
+    """Training text for `train:VOCAB`: a deterministic sample of the training split, with worked arithmetic where the
+    run mixes it in. Looks at no more than eight times `max_chars`."""
+    texts: list[tuple[str, str]] = []
+    looked_at = 0
+    if cfg.source != "synthetic":
+        for document in documents(cfg, "train", seed):
+            text = document.text or "\n".join(message["content"] for message in document.messages or [])
+            texts.append((document.key, text[: max_chars // 16]))
+            looked_at += len(text)
+            if looked_at > 8 * max_chars:
+                break
+    sample, length = [], 0
+    for _, text in sorted(texts):  # keys are hashes: their order is a fair draw
+        sample.append(text)
+        length += len(text)
+        if length > max_chars:
+            break
+    if cfg.source == "synthetic" or cfg.synthetic_share > 0:
+        worked = arithmetic.problems("train", seed, cfg.operand_digits, cfg.heldout)
+        sample += [f"{problem.prompt}\n{problem.working}\n{problem.answer}" for problem in islice(worked, 2000)]
+    return sample

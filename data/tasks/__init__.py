@@ -1,0 +1,1 @@
+"""Tasks that generate their own problems and grade an answer exactly: one file a task."""
