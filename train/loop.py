@@ -8,19 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from data.packing import PackedBatch
 from model import Transformer
 from train import distributed
 from train.engine import Engine
-from train.evaluate import Sequences
 from train.flops import flops_per_token
 from train.losses import Counts, Sums, add_sums, global_counts, micro_batch_loss, reduce_sums, step_metrics, step_shapes
 from train.optim import build_optimizer, rates, select_trainable
 from train.run import Clock, RunContext
 
 STATS = {"dense": ("kl_uniform", "mass", "oracle_mass", "rows"), "selected": ("kl_uniform", "rows"), None: ()}
+
+
+class Stream(Protocol):
+    """The run's training sequences in order, the same step for every layout of ranks (`data/stream.py`)."""
+
+    position: int  # global index of the next sequence
+
+    def take(self, count: int, rank: int = 0, world: int = 1) -> list[PackedBatch]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,15 +47,21 @@ class Step:
     stop: bool
 
 
-def open_stream(context: RunContext, split: str = "train") -> Sequences:
-    """The run's data, `train` or `heldout`; rank 0 prepares it first, the others find it on disk."""
+def open_stream(context: RunContext) -> Stream:
+    """The run's training data; rank 0 prepares it first, the others find it on disk."""
     from data.stream import TokenStream
 
     config, tokenizer = context.config, context.tokenizer()
-    cache = context.folder.parent / ".cache"
 
-    def build() -> Sequences:
-        return TokenStream(config.data, tokenizer, config.train.seed, split, cache_dir=cache, progress=context.is_main)
+    def build() -> TokenStream:
+        return TokenStream(
+            config.data,
+            tokenizer,
+            config.train.seed,
+            cache_dir=context.cache,
+            conversations=context.stage.conversations,
+            progress=context.is_main,
+        )
 
     first = build() if context.is_main else None
     distributed.barrier()
@@ -58,18 +77,20 @@ def train(context: RunContext) -> None:
     optimizer = build_optimizer(net, config.optim)
     engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     state = context.restore(engine)
+    if "data" in state.extra:
+        stream.load_state(state.extra["data"])
     clock, fresh_tokens = Clock(), 0.0
     with context.progress(state) as progress:
         while state.step < config.train.steps:
             clock.start()
             logged = context.logs(state.step + 1)
-            batches = take_sequences(context, stream, state.data_position)
+            batches = take_sequences(context, stream)
             step = run_step(context, engine, batches, logged)
             values = rates(state.step, config.train.steps, config.optim)
             reason = context.guard.judge(step.loss, step.grad_norm)
             engine.step(values, skip=reason is not None)
             state.step += 1
-            state.data_position += distributed.world_size() * config.train.micro_batches
+            state.data_position, state.extra["data"] = stream.position, stream.state()
             state.tokens += int(step.counts.rows)
             fresh_tokens += step.counts.rows
             if reason is None:
@@ -93,12 +114,10 @@ def train(context: RunContext) -> None:
     engine.close()
 
 
-def take_sequences(context: RunContext, stream: Sequences, position: int) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of the step that starts at global sequence `position`."""
-    micro_batches = context.config.train.micro_batches
-    first = position + distributed.rank() * micro_batches
-    found = [stream.sequence(first + j).tensors() for j in range(micro_batches)]
-    return [{name: field.to(context.device) for name, field in batch.items()} for batch in found]
+def take_sequences(context: RunContext, stream: Stream) -> list[dict[str, Tensor]]:
+    """This rank's micro-batches of the next step, on its device."""
+    found = stream.take(context.config.train.micro_batches, distributed.rank(), distributed.world_size())
+    return [{name: field.to(context.device) for name, field in batch.tensors().items()} for batch in found]
 
 
 def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor]], stats: bool) -> Step:

@@ -62,6 +62,7 @@ class RunContext:
         self.folder, self.resumed = Path(config.output_dir), resumed
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
+        self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.stop_asked = False
         self.writer: MetricsWriter | None = None
@@ -118,11 +119,14 @@ class RunContext:
         return self._tokenizer
 
     def _make_tokenizer(self, kept: Path) -> None:
-        from data.sources import documents
+        from data.sources import tokenizer_corpus
         from data.tokenizer import load_tokenizer
 
         data = self.config.data
-        corpus = documents(data, "train", self.config.train.seed) if data.tokenizer.startswith("train:") else None
+        corpus = None
+        if data.tokenizer.startswith("train:"):
+            self.say(f"training a tokenizer of {data.tokenizer.removeprefix('train:')} tokens")
+            corpus = tokenizer_corpus(data, self.config.train.seed)
         made = load_tokenizer(data.tokenizer, corpus=corpus)
         partial = kept.with_name(".tmp_tokenizer")
         for stale in (partial, kept):

@@ -27,6 +27,7 @@ class Stage:
     trunk_grad: bool = True  # False: the trunk runs under no_grad
     trains: str = "all"  # indexer | trunk | all: what the optimiser holds
     router_bias: bool = True  # whether the aux-loss-free balancing moves the router's bias
+    conversations: bool = False  # rows must hold messages
     previous: tuple[str, ...] = ()  # stages whose newest finished run is the default of init_from
     lr: float = 0.0  # of what the stage trains; of the trunk where it trains both
     lr_narrow: float = 0.0
@@ -78,6 +79,7 @@ _DECLARED = (
         name="sft",  # cold start for RL: LM loss on the assistant's tokens
         runner="train",
         indexer_loss="selected",
+        conversations=True,
         previous=("sparse_adapt",),
         lr=1e-5,
         lr_narrow=1e-3,

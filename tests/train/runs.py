@@ -43,17 +43,30 @@ def config(folder: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
 
 
 class _Hooked:
-    def __init__(self, hook: Hook | None) -> None:
-        self.hook = hook
+    """A stream of `tiny.batch`; `hook` sees every global index before it is made."""
 
-    def sequence(self, index: int) -> PackedBatch:
-        if self.hook is not None:
-            self.hook(index)
-        return PackedBatch(**tiny.batch(index))
+    def __init__(self, hook: Hook | None) -> None:
+        self.hook, self.position = hook, 0
+
+    def take(self, count: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
+        first = self.position + rank * count
+        self.position += count * world
+        found = []
+        for index in range(first, first + count):
+            if self.hook is not None:
+                self.hook(index)
+            found.append(PackedBatch(**tiny.batch(index)))
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
 
 
 def _run(run: RunConfig, hook: Hook | None, overrides: frozenset[str]) -> str:
-    def open_stream(context: RunContext, split: str = "train") -> _Hooked:
+    def open_stream(context: RunContext) -> _Hooked:
         context.tokenizer()
         return _Hooked(hook)
 
