@@ -76,9 +76,10 @@ class DataConfig:
     text_key: str = "text"
     tokenizer: str = "auto"  # auto | bytes | a tokenizer folder | train:VOCAB
     seq_len: int = 512
-    heldout: float = 0.05  # share of documents (by hash) that no training step ever sees
+    heldout: float = 0.1  # share of documents (by hash) that no training step ever sees
     synthetic_share: float = 0.0  # share of tokens of worked arithmetic mixed into another source
-    operand_digits: int = 2  # synthetic: decimal digits of an operand at most
+    operand_digits: int = 2  # synthetic: decimal digits of an operand
+    worked_share: float = 1.0  # synthetic: share of problems that show their working; the rest answer at once
     max_bad_rows: int = 100  # malformed rows that are skipped before it is an error
 
 

@@ -57,7 +57,7 @@ def _last_user(messages: Sequence[Message]) -> int:
 def _thinks(messages: Sequence[Message], last_user: int, thinking: bool) -> bool:
     """Whether the last question opens a thought: always for a prompt, in a whole conversation where it has one."""
     answers = messages[last_user + 1 :]
-    return thinking and (not answers or any(message.get("reasoning_content") for message in answers))
+    return thinking and (not answers or any("reasoning_content" in message for message in answers))
 
 
 def _render(messages: Sequence[Message], ids: ChatIds, thinking: bool) -> list[tuple[str | int, bool]]:

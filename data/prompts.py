@@ -36,7 +36,7 @@ def prompts(
     split: str,
     seed: int,
     digits: int = 2,
-    heldout: float = 0.05,
+    heldout: float = 0.1,
     *,
     start: int = 0,
     max_bad_rows: int = 100,

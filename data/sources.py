@@ -124,8 +124,10 @@ def documents(
     text. UserError: nothing there, too many malformed rows, no document in the split.
     """
     if cfg.source == "synthetic":
-        for problem in arithmetic.problems(split, seed, cfg.operand_digits, cfg.heldout, start):
-            yield Document(problem.key, f"synthetic:{problem.prompt}", messages=problem.messages())
+        problems = arithmetic.problems(split, seed, cfg.operand_digits, cfg.heldout, start)
+        for index, problem in enumerate(problems, start):
+            messages = problem.messages(arithmetic.is_worked(index, seed, cfg.worked_share))
+            yield Document(problem.key, f"synthetic:{problem.prompt}", messages=messages)
         return
     bad = BadRows(cfg.max_bad_rows)
     seen = kept = 0

@@ -31,11 +31,11 @@ class Problem:
     answer: str  # "85"
     working: str  # "7+8=15,4+3+1=8"
 
-    def messages(self) -> list[dict[str, str]]:
-        """The problem as a conversation: the working is the reasoning."""
+    def messages(self, worked: bool = True) -> list[dict[str, str]]:
+        """The problem as a conversation: the working is the reasoning; not `worked`, the answer comes at once."""
         return [
             {"role": "user", "content": self.prompt},
-            {"role": "assistant", "reasoning_content": self.working, "content": self.answer},
+            {"role": "assistant", "reasoning_content": self.working if worked else "", "content": self.answer},
         ]
 
 
@@ -66,33 +66,46 @@ def make_problem(a: int, b: int) -> Problem:
     return Problem(pair_key(a, b), f"{a}+{b}=?", str(a + b), column_steps(a, b))
 
 
+def _operands(digits: int) -> tuple[int, int]:
+    """(smallest, how many): the operands of exactly `digits` digits; 0 counts as a one-digit number."""
+    least = 10 ** (digits - 1) if digits > 1 else 0
+    return least, 10**digits - least
+
+
+def is_worked(index: int, seed: int, share: float) -> bool:
+    """Whether problem `index` shows its working, for a share of the problems."""
+    noise = hashlib.sha256(f"worked/{seed}/{index}".encode()).digest()
+    return int.from_bytes(noise[:8]) < share * 2**64
+
+
 def problem_at(index: int, split: str, seed: int, digits: int, share: float) -> Problem:
-    """Problem `index` of a split: operands uniform below 10**digits among the pairs of the split.
+    """Problem `index` of a split: operands of exactly `digits` digits, uniform among the split's pairs.
 
     UserError where the split has (next to) no such pair or `digits` is out of range.
     """
     if not 1 <= digits <= MAX_DIGITS:
         raise UserError(f"data.operand_digits={digits} is out of range: give 1 to {MAX_DIGITS}")
-    limit = 10**digits
+    least, count = _operands(digits)
     for draw in range(MAX_DRAWS):
         noise = hashlib.sha256(f"addition/{split}/{seed}/{index}/{draw}".encode()).digest()
-        a, b = int.from_bytes(noise[:16]) % limit, int.from_bytes(noise[16:]) % limit
+        a, b = (least + int.from_bytes(half) % count for half in (noise[:16], noise[16:]))
         if in_split(pair_key(a, b), split, share):
             return make_problem(a, b)
-    raise UserError(f"data.heldout={share:g} leaves no addition in the {split} split: give a share nearer to 0.05")
+    raise UserError(f"data.heldout={share:g} leaves no addition in the {split} split: give a share nearer to 0.1")
 
 
-def problems(split: str, seed: int, digits: int, share: float = 0.05, start: int = 0) -> Iterator[Problem]:
+def problems(split: str, seed: int, digits: int, share: float = 0.1, start: int = 0) -> Iterator[Problem]:
     """The problems of a split from number `start` on, forever. `share`: data.heldout."""
     for index in itertools.count(start):
         yield problem_at(index, split, seed, digits, share)
 
 
-def heldout_pairs(digits: int, share: float = 0.05, limit: int = 4096) -> list[tuple[int, int]]:
+def heldout_pairs(digits: int, share: float = 0.1, limit: int = 4096) -> list[tuple[int, int]]:
     """Distinct held-out pairs, the smaller operand first: all of them up to two digits (at least 256 for two), else
     the first `limit` of a fixed random order."""
     if digits <= ENUMERABLE_DIGITS:
-        pairs = itertools.combinations_with_replacement(range(10**digits), 2)
+        least, count = _operands(digits)
+        pairs = itertools.combinations_with_replacement(range(least, least + count), 2)
         return [(a, b) for a, b in pairs if is_heldout(pair_key(a, b), share)]
     keys: dict[str, None] = {}  # an ordered set; a repeat among over 25,000 held-out pairs is rare, so this ends soon
     for problem in problems("heldout", 0, digits, share):
