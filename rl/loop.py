@@ -14,13 +14,13 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from conf.schema import RLConfig
 from data.chat import encode_prompt
-from data.prompts import prompts
+from data.prompts import Prompt, prompts
 from model import Transformer
 from rl.groups import Experience, grade, judge
 from rl.loss import LossSettings
@@ -55,7 +55,7 @@ def run(context: RunContext) -> None:
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     stream = open_prompts(context)
-    stream.skip_to(state.step)
+    stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast_dtype(config.precision.name))
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
@@ -89,9 +89,14 @@ def open_prompts(context: RunContext) -> PromptStream:
     """The run's prompts with the chat encoding of its tokenizer."""
     config, tokenizer = context.config, context.tokenizer()
     rl, data = config.rl, config.data
-    source = prompts(rl.path, "train", config.train.seed, data.operand_digits, data.heldout)
+    seed = config.train.seed
+
+    def source(start: int) -> Iterator[Prompt]:
+        share, bad = data.heldout, data.max_bad_rows
+        return prompts(rl.path, "train", seed, data.operand_digits, share, start=start, max_bad_rows=bad)
+
     longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
-    return PromptStream(iter(source), lambda text: encode_prompt(text, tokenizer), rl, config.train.seed, longest)
+    return PromptStream(source, lambda text: encode_prompt(text, tokenizer), rl, seed, longest)
 
 
 def gather_experience(
@@ -109,7 +114,7 @@ def gather_experience(
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
     sums = add_over_ranks(experience_sums(experience, part_weights(rl)))
     state.tokens += int(sums["tokens"])
-    state.data_position += rl.prompts_per_step
+    state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 

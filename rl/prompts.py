@@ -28,22 +28,32 @@ def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int)
 class PromptStream:
     """The prompts of the run, `prompts_per_step` an iteration. Every rank walks all of them and encodes its own.
 
-    source: the prompts in order, without end; encode: text -> token ids; longest: tokens that a prompt may have.
-    Longer ones are passed over and counted in `too_long`.
+    open_source: number of the first prompt -> the prompts from there on, without end; encode: text -> token ids;
+    longest: tokens that a prompt may have. Longer ones are passed over and counted in `too_long`.
     """
 
     def __init__(
-        self, source: Iterator[Prompt], encode: Callable[[str], list[int]], rl: RLConfig, seed: int, longest: int
+        self,
+        open_source: Callable[[int], Iterator[Prompt]],
+        encode: Callable[[str], list[int]],
+        rl: RLConfig,
+        seed: int,
+        longest: int,
     ) -> None:
-        self.source, self.encode, self.rl, self.seed, self.longest = source, encode, rl, seed, longest
-        self.iteration = 0
-        self.too_long = 0
+        self.open_source, self.encode, self.rl, self.seed, self.longest = open_source, encode, rl, seed, longest
+        self.go_to(0, 0, 0)
+
+    def go_to(self, iteration: int, position: int, too_long: int) -> None:
+        """On with `iteration`, for which the prompts before `position` are used up."""
+        self.iteration, self.position, self.too_long = iteration, position, too_long
+        self.source = iter(self.open_source(position))
 
     def _next(self) -> tuple[Prompt, tuple[int, ...]]:
         for _ in range(PATIENCE):
             prompt = next(self.source, None)
             if prompt is None:
                 raise UserError(f"rl.path={self.rl.path} holds no prompt to train on: give rows of prompt and answer")
+            self.position += 1
             ids = self.encode(prompt.prompt)
             if len(ids) <= self.longest:
                 return prompt, tuple(ids)
@@ -52,13 +62,6 @@ class PromptStream:
             f"{PATIENCE} prompts in a row are longer than {self.longest} tokens, the room beside"
             f" rl.max_new_tokens={self.rl.max_new_tokens} in rl.pack_len={self.rl.pack_len}: raise rl.pack_len"
         )
-
-    def skip_to(self, iteration: int) -> None:
-        """Passes over what the iterations before have used."""
-        assert iteration >= self.iteration, "the stream only goes forward"
-        for _ in range((iteration - self.iteration) * self.rl.prompts_per_step):
-            self._next()
-        self.iteration = iteration
 
     def requests(self, rank: int, world: int) -> list[RolloutRequest]:
         """This rank's samples of the next iteration: prompts rank, rank + world, ..., whole groups."""

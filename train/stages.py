@@ -119,6 +119,8 @@ def resolve_rates(stage: Stage, optim: OptimConfig, hidden_size: int) -> OptimCo
             f"optim.indexer_lr={optim.indexer_lr:g} is not used by stage {stage.name}, which trains the {stage.trains} alone:"
             " give optim.lr"
         )
+    if stage.trains == "nothing":
+        return optim
     narrow = hidden_size < NARROW
     lr = optim.lr if optim.lr is not None else (stage.lr_narrow if narrow else stage.lr)
     own = stage.indexer_lr_narrow if narrow else stage.indexer_lr

@@ -18,7 +18,8 @@ from rl.messages import RolloutRequest, Sample, TokenColumns
 
 
 class NativeEngine:
-    """See `RolloutEngine`. `autocast`: dtype of the matrix products, the trainer's; None is fp32."""
+    """See `RolloutEngine`. `autocast`: dtype of the matrix products, the trainer's; None is fp32. `temperature` and
+    `top_p` are the configuration's where they are not given."""
 
     def __init__(
         self,
@@ -27,8 +28,13 @@ class NativeEngine:
         rl: RLConfig,
         attention: str = "sparse",
         autocast: torch.dtype | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> None:
-        self.net, self.tokenizer, self.rl, self.attention, self.autocast = net, tokenizer, rl, attention, autocast
+        self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
+        self.max_new_tokens = rl.max_new_tokens
+        self.temperature = rl.temperature if temperature is None else temperature
+        self.top_p = rl.top_p if top_p is None else top_p
         self.weight_version = 0
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Sample]:
@@ -39,9 +45,9 @@ class NativeEngine:
             drawn = generate(
                 self.net,
                 [request.prompt_ids for request in requests],
-                self.rl.max_new_tokens,
-                temperature=self.rl.temperature,
-                top_p=self.rl.top_p,
+                self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
                 eos_id=self.tokenizer.eos_token_id,
                 seeds=[request.seed for request in requests],
                 attention=self.attention,

@@ -1,0 +1,101 @@
+"""The evaluate stage: held-out losses with dense and sparse attention, the indexer's health, and generative accuracy.
+
+    torchrun launch/stage.py +stage=evaluate init_from=runs/grpo output_dir=runs/grpo_eval
+
+Trains nothing. Accuracy is one sample a held-out problem at temperature 1, from the whole distribution, graded like an
+outcome reward; a failed grade is left out and counted. The results are the run's one metrics row and `evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import islice
+
+from data.chat import encode_prompt
+from data.prompts import prompts
+from data.stream import TokenStream
+from model import Transformer
+from rl.groups import grade, judge
+from rl.loop import autocast_dtype
+from rl.messages import RolloutRequest
+from rl.prompts import sample_seed
+from rl.rewards import part_weights
+from rl.rewards.pool import RewardPool
+from rl.rollout.native import NativeEngine
+from rl.summary import add_over_ranks, experience_metrics, experience_sums
+from train import distributed
+from train.evaluate import evaluate_losses
+from train.progress import Progress
+from train.run import RunContext, peak_memory_bytes
+
+EVALUATION = -1  # the "iteration" of the seeds here: no training sample shares them
+
+
+def run(context: RunContext) -> None:
+    """Measures `init_from` and writes metrics.jsonl and evaluation.json."""
+    net = context.build_net().requires_grad_(False)
+    row = held_out_losses(context, net) | accuracy(context, net)
+    context.log(0, row)
+    row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
+    if context.is_main:
+        partial = context.folder / ".evaluation.json"
+        partial.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        partial.replace(context.folder / "evaluation.json")
+
+
+def held_out_losses(context: RunContext, net: Transformer) -> dict[str, float]:
+    """`train.evaluate.evaluate_losses` on `train.eval_sequences` held-out sequences, and tokens/s of it."""
+    config, rank, world = context.config, distributed.rank(), distributed.world_size()
+    stream, count = open_heldout(context), config.train.eval_sequences
+    start = time.monotonic()
+    with Progress(len(range(rank, count, world)), "held-out loss", context.is_main, unit="sequence") as progress:
+        found = evaluate_losses(net, stream, count, config.precision.name, progress.update)
+    seconds = distributed.max_over_ranks(time.monotonic() - start)
+    return found | {"perf/tokens_per_s": count * config.data.seq_len / seconds}
+
+
+def open_heldout(context: RunContext) -> TokenStream:
+    """The held-out sequences; rank 0 prepares them first, the others find them on disk."""
+    config, tokenizer = context.config, context.tokenizer()
+
+    def build() -> TokenStream:
+        return TokenStream(
+            config.data, tokenizer, config.train.seed, "heldout", cache_dir=context.cache, progress=context.is_main
+        )
+
+    first = build() if context.is_main else None
+    distributed.barrier()
+    return first or build()
+
+
+def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
+    """Share of held-out problems that one sample at temperature 1 answers right, and the rollout's figures."""
+    config, tokenizer = context.config, context.tokenizer()
+    rl, data, seed = config.rl, config.data, config.train.seed
+    share, bad = data.heldout, data.max_bad_rows
+    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad)
+    requests = [
+        RolloutRequest(
+            prompt_index=index,
+            sample_index=0,
+            domain=prompt.domain,
+            prompt=prompt.prompt,
+            answer=prompt.answer,
+            prompt_ids=tuple(encode_prompt(prompt.prompt, tokenizer)),
+            seed=sample_seed(seed, EVALUATION, index, 0),
+        )
+        for index, prompt in enumerate(islice(source, rl.eval_prompts))
+    ]
+    engine = NativeEngine(
+        net, tokenizer, rl, context.stage.attention, autocast_dtype(config.precision.name), temperature=1.0, top_p=1.0
+    )
+    start = time.monotonic()
+    samples = engine.generate(requests[distributed.rank() :: distributed.world_size()])
+    seconds = distributed.max_over_ranks(time.monotonic() - start)
+    with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool:
+        samples, failures = grade(samples, pool, rl)
+    sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_weights(rl)))
+    row = experience_metrics(sums, seconds)
+    del row["reward/zero_spread_frac"], row["reward/failed_groups"]  # one sample a problem: no groups
+    return row | {"reward/accuracy": row[f"reward/{rl.outcome}"], "reward/num_problems": sums["graded"]}

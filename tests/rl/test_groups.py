@@ -1,0 +1,61 @@
+"""A failed grade drops its group and is counted; whole groups get rewards and advantages."""
+
+import pytest
+
+from conf.schema import RLConfig
+from rl.groups import grade, judge
+from rl.rewards import part_weights
+from rl.rewards.pool import Grade
+from rl.summary import experience_metrics, experience_sums
+from tests.rl.samples import make_sample
+
+RL = RLConfig(group_size=2, length_penalty=0.1, max_new_tokens=10)
+
+
+class FakePool:
+    """Answers with given grades and remembers what it was asked."""
+
+    def __init__(self, grades: list[Grade]) -> None:
+        self.grades = grades
+        self.asked: list = []
+
+    def grade(self, attempts: list, parts: list[str]) -> list[Grade]:
+        self.asked = list(attempts)
+        return self.grades
+
+
+def parts(right: float, length: float = 0.5) -> Grade:
+    return Grade({"exact_match": right, "format": 1.0, "length": length})
+
+
+def test_failures_drop_their_group_and_never_count_as_zero():
+    samples = [make_sample([1], [2] * 5, [0.0] * 5, prompt_index=p, sample_index=s) for p in range(3) for s in range(2)]
+    broken = Grade(None, "no grade within 1 s")
+    pool = FakePool([parts(1), parts(0), parts(1), broken, parts(1), parts(1)])
+    graded, failures = grade(samples, pool, RL)  # type: ignore[arg-type]
+    assert failures == ["no grade within 1 s"]
+    assert [s.reward for s in graded] == pytest.approx([0.95, -0.05, 0.95, None, 0.95, 0.95])
+    found = judge(graded, failures, RL)
+    assert [s.request.prompt_index for s in found.trained] == [0, 0, 2, 2]
+    assert found.advantages == pytest.approx([0.5, -0.5, 0.0, 0.0])
+    assert (found.failed_groups, found.zero_spread_groups) == (1, 1)
+    assert found.advantage_of(found.samples[0]) == pytest.approx(0.5)
+    assert found.advantage_of(found.samples[2]) is None
+
+    row = experience_metrics(experience_sums(found, part_weights(RL)), rollout_seconds=2.0)
+    assert row["reward/mean"] == pytest.approx((4 * 0.95 - 0.05) / 5)
+    assert row["reward/exact_match"] == pytest.approx(4 / 5)
+    assert row["reward/length"] == pytest.approx(0.5)
+    assert row["reward/failed_grades"] == 1 and row["reward/failed_groups"] == 1
+    assert row["reward/zero_spread_frac"] == pytest.approx(1 / 3)
+    assert row["rollout/length_mean"] == 5 and row["rollout/truncated_frac"] == 0
+    assert row["rollout/tokens_per_s"] == pytest.approx(15.0)
+
+
+def test_what_a_grader_is_told():
+    sample = make_sample([1, 2], [3, 4, 5], [0.0] * 3, text="</think>7", prompt="3+4=?", answer="7")
+    pool = FakePool([parts(1)])
+    grade([sample], pool, RL)  # type: ignore[arg-type]
+    (attempt,) = pool.asked
+    assert (attempt.prompt, attempt.answer, attempt.text) == ("3+4=?", "7", "</think>7")
+    assert (attempt.num_tokens, attempt.max_tokens, attempt.finished) == (3, 10, True)

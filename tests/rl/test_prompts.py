@@ -1,0 +1,66 @@
+"""Which samples an iteration draws is a pure function of seed, iteration and global index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+
+from conf.errors import UserError
+from conf.schema import RLConfig
+from data.prompts import Prompt
+from rl.prompts import PATIENCE, PromptStream, sample_seed
+
+RL = RLConfig(prompts_per_step=6, group_size=3)
+
+
+def numbers(*lengths: int) -> Callable[[int], Iterator[Prompt]]:
+    """Prompts 0, 1, 2, ... whose texts take the lengths in turn."""
+
+    def source(start: int) -> Iterator[Prompt]:
+        for index in count(start):
+            yield Prompt(prompt="x" * lengths[index % len(lengths)], answer=str(index), domain="d", key=str(index))
+
+    return source
+
+
+def stream(source: Callable[[int], Iterator[Prompt]], longest: int = 8) -> PromptStream:
+    return PromptStream(source, lambda text: [ord(c) for c in text], RL, seed=5, longest=longest)
+
+
+def test_ranks_share_out_what_one_rank_would_draw():
+    alone = stream(numbers(1))
+    shared = [stream(numbers(1)) for _ in range(3)]
+    for _ in range(2):
+        whole = alone.requests(0, 1)
+        parts = [r for rank, s in enumerate(shared) for r in s.requests(rank, 3)]
+        assert sorted(parts, key=lambda r: (r.prompt_index, r.sample_index)) == whole
+        assert len(whole) == 18
+
+
+def test_going_on_is_the_same_as_having_drawn():
+    walked, jumped = stream(numbers(1, 2, 9)), stream(numbers(1, 2, 9))
+    for _ in range(2):
+        walked.requests(1, 2)
+    jumped.go_to(2, walked.position, walked.too_long)
+    assert jumped.requests(1, 2) == walked.requests(1, 2)
+    assert walked.too_long == jumped.too_long > 0
+
+
+def test_no_two_samples_share_a_seed():
+    seeds = {sample_seed(s, i, p, g) for s in range(3) for i in range(20) for p in range(10) for g in range(8)}
+    assert len(seeds) == 3 * 20 * 10 * 8 and all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4)
+
+
+def test_long_prompts_are_passed_over_and_counted():
+    found = stream(numbers(9, 2)).requests(0, 1)
+    assert [r.answer for r in found if r.sample_index == 0] == ["1", "3", "5", "7", "9", "11"]
+
+
+def test_only_long_prompts_or_none_is_the_users_mistake():
+    with pytest.raises(UserError, match=rf"{PATIENCE} prompts in a row are longer than 8 tokens.*raise rl.pack_len"):
+        stream(numbers(9)).requests(0, 1)
+    with pytest.raises(UserError, match="holds no prompt"):
+        stream(lambda start: iter([])).requests(0, 1)
