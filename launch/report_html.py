@@ -1,0 +1,72 @@
+"""HTML building blocks of the report. Every string from a run passes `text` on its way into the page.
+
+Model output and data are hostile: beside the five characters of HTML, controls, invisible and direction-changing
+characters are made visible, so that a sample cannot hide or reorder what a reader sees. The page carries a content
+policy that runs no script and loads nothing, should an escape ever be missed.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+LONGEST_TEXT = 6000  # characters of one field of a sample, or one value of a config
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # controls, bidi, zero width, surrogates, private use
+_SUSPECT = re.compile(r"[^\n\t\x20-\x7e\xa1-\xac\xae-\u02ff]")
+
+
+def text(value: Any) -> str:
+    """Any value -> safe as HTML text and inside a quoted attribute; hidden characters as `⟨U+202E⟩`."""
+    string = str(value)
+    if len(string) > LONGEST_TEXT:
+        string = f"{string[:LONGEST_TEXT]} … ({len(string) - LONGEST_TEXT} more characters)"
+    return html.escape(_SUSPECT.sub(_visible, string), quote=True)
+
+
+def _visible(match: re.Match[str]) -> str:
+    character = match.group()
+    return f"⟨U+{ord(character):04X}⟩" if unicodedata.category(character) in _HIDDEN else character
+
+
+def swatch(colour: int, colours: int) -> str:
+    """The little line in a run's colour; dashed from the second round of colours on, as its lines are."""
+    return f'<i class="swatch s{colour % colours}{" dashed" if colour >= colours else ""}"></i>'
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", marked: frozenset[int] = frozenset()
+) -> str:
+    """A table of ready-made HTML cells; the first cell of a row is its heading. `marked` rows stand out."""
+    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = []
+    for i, (first, *rest) in enumerate(rows):
+        opening = '<tr class="differs">' if i in marked else "<tr>"
+        body.append(f'{opening}<th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>')
+    opening = f'<table class="{kind}">' if kind else "<table>"
+    return f'<div class="scroll">{opening}<thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def section(anchor: str, title: str, lead: str, body: str) -> str:
+    """A part of the page. `title` and `lead` are ours; an empty body is no section."""
+    if not body:
+        return ""
+    intro = f"<p>{text(lead)}</p>" if lead else ""
+    return f'<section><h2 id="{anchor}">{text(title)}</h2>{intro}{body}</section>'
+
+
+def document(title: str, body: str) -> str:
+    """The whole page around `body`; `title` may come from outside."""
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="referrer" content="no-referrer">'
+        f"<title>{text(title)} · Winnow</title>\n<style>\n{css}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
