@@ -2,7 +2,8 @@
 
 `bos system <User>question<Assistant><think>reasoning</think>answer eos`: the last question opens with `<think>`, the
 earlier ones with `</think>`, and reasoning before the last question is dropped. One departure: where the last answer
-carries no reasoning, `</think>` follows its question too, so nothing teaches empty thoughts (the encoder refuses it).
+has no reasoning, `</think>` follows its question too (the encoder refuses it). An empty `reasoning_content` is a
+thought that ends at once.
 """
 
 from __future__ import annotations

@@ -102,13 +102,13 @@ def problems(split: str, seed: int, digits: int, share: float = 0.1, start: int 
 
 def heldout_pairs(digits: int, share: float = 0.1, limit: int = 4096) -> list[tuple[int, int]]:
     """Distinct held-out pairs, the smaller operand first: all of them up to two digits (at least 256 for two), else
-    the first `limit` of a fixed random order."""
+    up to `limit` in a fixed random order."""
     if digits <= ENUMERABLE_DIGITS:
         least, count = _operands(digits)
         pairs = itertools.combinations_with_replacement(range(least, least + count), 2)
         return [(a, b) for a, b in pairs if is_heldout(pair_key(a, b), share)]
-    keys: dict[str, None] = {}  # an ordered set; a repeat among over 25,000 held-out pairs is rare, so this ends soon
-    for problem in problems("heldout", 0, digits, share):
+    keys: dict[str, None] = {}  # an ordered set
+    for problem in itertools.islice(problems("heldout", 0, digits, share), 4 * limit):  # fewer pairs than limit end too
         keys[problem.key] = None
         if len(keys) == limit:
             break
