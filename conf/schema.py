@@ -150,7 +150,7 @@ class RLConfig:
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
-    off_policy_delta: float | None = None  # mask bad sequences whose mean log(pi_old / pi) is above it; null: off (eq. 9)
+    off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
     outcome: str = "exact_match"  # exact_match | math_verify: what an answer must be
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
     length_penalty: float = 0.0  # reward lost by an answer that fills max_new_tokens

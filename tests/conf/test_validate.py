@@ -52,6 +52,8 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("kernels=triton", "kernels=triton is not supported yet: use kernels=auto or kernels=torch"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto or kernels=torch"),
         ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
+        ("rl.temperature=0.7", "rl.temperature=0.7 is not supported yet: use rl.temperature=1"),
+        ("rl.top_p=0.95", "rl.top_p=0.95 is not supported yet: use rl.top_p=1"),
         (
             "model.tie_word_embeddings=true",
             "model.tie_word_embeddings=true is not supported yet: use model.tie_word_embeddings=false",

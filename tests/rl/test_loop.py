@@ -1,0 +1,164 @@
+"""Whole GRPO runs of the tiny model: learning, resume to the same bits, one rank against two; the evaluate stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rl.evaluate
+import rl.loop
+from conf.schema import RLConfig, RunConfig
+from data.tokenizer import load_tokenizer
+from model import save_pretrained
+from tests.distributed.helper import run_ranks
+from tests.train import runs, tiny
+from train.checkpoint import newest
+from train.run import open_run
+
+Hook = Callable[[int], None]
+RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48, length_penalty=1.0, format_weight=0.5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that ends its answers at many lengths, so that rewards differ inside a group."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    net = tiny.build(vocab_size=256)
+    with torch.no_grad():
+        net.lm_head.weight[tokenizer.eos_token_id] *= 8
+        net.lm_head.weight[tokenizer.convert_tokens_to_ids("</think>")] *= 8
+    save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
+    return str(folder / "hf")
+
+
+def config(folder: Path, base: str, stage: str = "grpo", rl: RLConfig = RL, **changes: Any) -> RunConfig:
+    return replace(runs.config(folder, stage, init_from=base, micro_batches=1, **changes), rl=rl)
+
+
+def _run(run: RunConfig, hook: Hook | None) -> str:
+    improve = rl.loop.improve
+
+    def hooked(*args: Any) -> dict[str, float]:
+        if hook is not None:
+            hook(args[-1].step + 1)
+        return improve(*args)
+
+    rl.loop.improve = hooked  # this process alone
+    context = open_run(run, frozenset())
+    if context is None:
+        return "finished before"
+    try:
+        with context:
+            (rl.loop.run if run.stage == "grpo" else rl.evaluate.run)(context)
+    except SystemExit as end:
+        return f"exit {end.code}"
+    return "finished"
+
+
+def go(run: RunConfig, world: int = 1, hook: Hook | None = None) -> list[str]:
+    return run_ranks(_run, world, run, hook)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or the memory decides."""
+    measured = ("perf/", "rollout/tokens_per_s")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in runs.rows(folder)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    mine, theirs = runs.weights(one), runs.weights(other)
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+FULL = replace(RL, mini_batches=2, beta=0.1, reference_refresh=3, off_policy_delta=0.5)
+
+
+def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
+    """Killed in iteration 5, between its rollout and its update; checkpoints are every second iteration, the reference
+    that iterations 4 to 6 need was taken after the third."""
+
+    def die(iteration: int) -> None:
+        if iteration == 5:
+            os._exit(9)
+
+    whole, killed = (config(tmp_path / name, base, rl=FULL) for name in ("whole", "killed"))
+    assert go(whole, 2) == ["finished"] * 2
+    with pytest.raises(AssertionError):
+        go(killed, 2, die)
+    assert newest(tmp_path / "killed") == tmp_path / "killed/checkpoints/step_4"
+    assert go(killed, 2) == ["finished"] * 2
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+    found = rows(tmp_path / "whole")
+    assert found[0]["policy/kl_ref"] > 0 and found[0]["optim/grad_norm"] > 0  # the second mini-batch has moved away
+    references = sorted(path.name for path in (tmp_path / "whole" / "reference").iterdir())
+    assert references == ["step_3.safetensors", "step_6.safetensors"]
+
+
+def test_the_indexer_the_router_bias_and_mtp_stay_and_the_rest_learns(base: str, tmp_path: Path):
+    assert go(config(tmp_path / "run", base, steps=2)) == ["finished"]
+    before, after = load_file(Path(base) / "model.safetensors"), runs.weights(tmp_path / "run")
+    mtp = f"model.layers.{tiny.MODEL.num_hidden_layers}."
+    still = {n for n in before if ".indexer." in n or n.startswith(mtp) or n.endswith("e_score_correction_bias")}
+    still -= {f"{mtp}embed_tokens.weight", f"{mtp}shared_head.head.weight"}  # copies of the main ones
+    assert still and all(torch.equal(before[name], after[name]) for name in still)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"} <= moved
+
+
+def test_one_rank_and_two_take_the_same_first_iteration(base: str, tmp_path: Path):
+    alone, shared = (config(tmp_path / name, base, steps=1) for name in ("alone", "shared"))
+    assert go(alone) == ["finished"] and go(shared, 2) == ["finished"] * 2
+    one, two = rows(tmp_path / "alone")[0], rows(tmp_path / "shared")[0]
+    assert one["reward/zero_spread_frac"] < 1 and one["mismatch/k3"] < 1e-9
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_rewards_rise(base: str, tmp_path: Path):
+    """Shorter answers are worth more here, and the policy finds out."""
+    run = config(tmp_path / "run", base, rl=replace(RL, group_size=8), steps=15, save_every=100)
+    run = replace(run, optim=replace(run.optim, lr=1e-2))
+    assert go(run) == ["finished"]
+    found = [row["reward/mean"] for row in rows(tmp_path / "run")]
+    assert sum(found[-3:]) / 3 > sum(found[:3]) / 3 + 0.1, found
+
+
+def test_sigterm_saves_and_the_run_goes_on(base: str, tmp_path: Path):
+    def terminate(iteration: int) -> None:
+        if iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, stopped = (config(tmp_path / name, base, save_every=5) for name in ("whole", "stopped"))
+    assert go(whole) == ["finished"]
+    assert go(stopped, hook=terminate) == ["exit 143"]
+    assert (tmp_path / "stopped" / "preempted").read_text() == "step 3\n"
+    assert go(stopped) == ["finished"]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_evaluate_measures_without_training(base: str, tmp_path: Path):
+    run = config(tmp_path / "run", base, "evaluate", replace(RL, eval_prompts=20))
+    run = replace(run, train=replace(run.train, eval_sequences=3), data=replace(run.data, seq_len=40))
+    assert go(run, 2) == ["finished"] * 2
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    (row,) = runs.rows(tmp_path / "run")
+    expected = {"loss/lm_dense", "loss/lm_sparse", "indexer/kl_captured", "indexer/mass_recall", "reward/accuracy"}
+    expected |= {"indexer/recall_of_oracle", "indexer/layer_01/recall_of_oracle", "rollout/length_mean"}
+    assert expected <= row.keys() and expected | {"perf/tokens_per_s", "perf/peak_memory_bytes"} <= found.keys()
+    assert found["reward/num_problems"] == 20 and 0 <= found["reward/accuracy"] <= 1
+    assert {name: found[name] for name in row if name != "step"} == {k: v for k, v in row.items() if k != "step"}
