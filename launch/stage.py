@@ -2,9 +2,10 @@
 
     torchrun [--nproc-per-node N] launch/stage.py +stage=S [output_dir=DIR] [init_from=PATH] [key=value ...]
 
-Plain `python launch/stage.py ...` is one process. Exit status: 0 finished, 2 the user's mistake, 143 preempted (SIGTERM, saved),
-1 a fault. Rank 0 writes the reason to stderr and to `DIR/error.txt`; the others are silent, their faults go to
-`DIR/error_rank_N.txt`. What is heavy is imported after the command line was understood, so a typo is answered at once.
+Plain `python launch/stage.py ...` is one process. Exit status: 0 finished, 2 the user's mistake, 143 preempted
+(SIGTERM, saved), 1 a fault. Rank 0 writes the reason to stderr and to `DIR/error.txt`; the others are silent, their
+faults go to `DIR/error_rank_N.txt`. What is heavy is imported after the command line was understood, so a typo is
+answered at once.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> int:
         return 130
     except Exception as error:  # the process boundary: whatever it is, it is written down
         reason = " ".join(str(error).split())[:500]
-        report(argv, rank, f"{type(error).__name__}: {reason} (see error.txt in the run's folder)", traceback.format_exc())
+        line = f"{type(error).__name__}: {reason} (see error.txt in the run's folder)"
+        report(argv, rank, line, traceback.format_exc())
         return FAULT
     return 0
 

@@ -1,1 +1,1 @@
-"""How weights change: stages, run context, loop, losses, optimiser, DeepSpeed engine, checkpoints, metrics, loss evaluation."""
+"""How weights change: stages, run context, loop, losses, optimiser, engine, checkpoints, metrics, loss evaluation."""

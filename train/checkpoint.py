@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written under `.tmp_*`, synced, renamed; `latest` moves last.
 
-    checkpoints/step_40/{state.json, state/...}     state.json is ours, state/ is DeepSpeed's (pickles: load your own only)
-    checkpoints/latest                              the name of the newest, for people and scripts
+    checkpoints/step_40/{state.json, state/...}   state.json is ours, state/ DeepSpeed's (pickles: load only your own)
+    checkpoints/latest                            the name of the newest, for people and scripts
 
 A kill at any moment leaves either the older set or the newer one, and at most a `.tmp_*` that the next save removes.
 """
@@ -90,12 +90,13 @@ def restore(engine: Engine, checkpoint: Path) -> TrainState:
     here = distributed.world_size()
     if state.world_size != here:
         raise UserError(
-            f"{checkpoint} was written by {state.world_size} processes and this run has {here}: start {state.world_size},"
-            " or give another output_dir"
+            f"{checkpoint} was written by {state.world_size} processes and this run has {here}:"
+            f" start {state.world_size}, or give another output_dir"
         )
     if state.frozen != frozen_checksum(engine.net):
         raise UserError(
-            f"{checkpoint} belongs to other starting weights than init_from holds now: restore them or give another output_dir"
+            f"{checkpoint} belongs to other starting weights than init_from holds now: restore them, or give another"
+            " output_dir"
         )
     engine.load(checkpoint)
     return state

@@ -1,7 +1,8 @@
 """Configuration -> DeepSpeed's dictionary, as a pure function.
 
-DeepSpeed sees plain data parallelism with fp32 parameters and one accumulation step: mixed precision is autocast inside the
-forward, and the engine marks the border of a step itself, because the number of micro-batches may change from step to step.
+DeepSpeed sees plain data parallelism with fp32 parameters and one accumulation step: mixed precision is autocast inside
+the forward, and the engine marks the border of a step itself, because the number of micro-batches may change from step
+to step.
 """
 
 from __future__ import annotations

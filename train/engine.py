@@ -1,8 +1,8 @@
 """The one file that knows DeepSpeed: forward, backward, gradient norm, step, and the state of a checkpoint.
 
-DeepSpeed averages gradients over its ranks; the losses here are already parts of a global mean, so `backward` scales by the
-world size and the result is the exact gradient of the sum over ranks and micro-batches. Parameters stay fp32; under bf16 the
-forward runs in autocast and the model keeps in fp32 what needs it.
+DeepSpeed averages gradients over its ranks; the losses here are already parts of a global mean, so `backward` scales by
+the world size and the result is the exact gradient of the sum over ranks and micro-batches. Parameters stay fp32; under
+bf16 the forward runs in autocast and the model keeps in fp32 what needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TAG = "state"
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drops what child processes write to stderr, such as the compiler that DeepSpeed asks for optional libraries on import."""
+    """Drops what child processes write to stderr: on import DeepSpeed asks a compiler for optional libraries."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -93,7 +93,10 @@ class Engine:
         return ForwardOutput(**self._engine(**inputs))
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradients of `loss`, this micro-batch's share of the global mean. `last`: the step's last, all ranks alike."""
+        """Adds the gradients of `loss`, this micro-batch's share of the global mean.
+
+        `last`: it is the step's last one, on all ranks alike.
+        """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
 
@@ -109,7 +112,7 @@ class Engine:
         return norm if norm == norm else float("inf")
 
     def step(self, rates: Mapping[str, float], skip: bool = False) -> None:
-        """Clips and takes the optimiser's step at `rates` (role -> lr), or leaves it out whole; gradients are cleared."""
+        """Clips and takes the optimiser's step at `rates` (role -> lr), or leaves it out; gradients are cleared."""
         apply_rates(self.optimizer, dict(rates))
         if isinstance(self.optimizer, SkippableAdamW):
             self.optimizer.skip_next = skip

@@ -1,7 +1,7 @@
 """Held-out losses of a model: LM loss with dense and with sparse attention, and what the indexer captures of attention.
 
-The indexer is measured against dense attention over all causal positions, so a run before and after adaptation is read on
-the same scale.
+The indexer is measured against dense attention over all causal positions, so a run before and after adaptation is read
+on the same scale.
 """
 
 from __future__ import annotations

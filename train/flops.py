@@ -1,7 +1,7 @@
 """Model FLOPs of a token, from the configuration alone: what the mathematics asks for, not what a kernel happens to do.
 
-A product of an [n, k] weight with a token costs 2nk. Trained parts cost three times their forward, the rest once. Rows see T/2
-keys on average (one document a sequence), at most k once selected; the indexer looks at all of them, k or not.
+A product of an [n, k] weight with a token costs 2nk. Trained parts cost three times their forward, the rest once. Rows
+see T/2 keys on average (one document a sequence), at most k once selected; the indexer looks at all of them, k or not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def trunk_weights(model: ModelConfig) -> int:
     moe = 3 * hidden * model.moe_intermediate_size * active + hidden * model.n_routed_experts
     dense = 3 * hidden * model.intermediate_size
     first = min(model.first_k_dense_replace, model.num_hidden_layers)
-    layers = model.num_hidden_layers * attention_weights(model) + first * dense + (model.num_hidden_layers - first) * moe
+    mlps = first * dense + (model.num_hidden_layers - first) * moe
+    layers = model.num_hidden_layers * attention_weights(model) + mlps
     mtp = attention_weights(model) + moe + 2 * hidden * hidden + hidden * model.vocab_size
     return layers + hidden * model.vocab_size + model.num_mtp_layers * mtp
 

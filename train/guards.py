@@ -1,7 +1,7 @@
 """The loss guards: a step whose loss or gradient is not finite, or whose loss jumps, is left out; too many end the run.
 
-The verdict is a function of global values, so all ranks agree without asking. The window of accepted losses is part of the
-checkpoint: a resumed run judges as the uninterrupted one would.
+The verdict is a function of global values, so all ranks agree without asking. The window of accepted losses is part of
+the checkpoint: a resumed run judges as the uninterrupted one would.
 """
 
 from __future__ import annotations

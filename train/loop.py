@@ -1,7 +1,9 @@
-"""The training loop of pretrain, dense_warmup, sparse_adapt and sft: it reads the stage's declaration and knows no stage.
+"""The training loop of pretrain, dense_warmup, sparse_adapt and sft: it reads the stage's declaration and knows no
+stage.
 
-A step takes `world x micro_batches` packed sequences by their global index, so another layout of the same number gives the
-same step. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks agree.
+A step takes `world x micro_batches` packed sequences by their global index, so another layout of the same number gives
+the same step. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks
+agree.
 """
 
 from __future__ import annotations

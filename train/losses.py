@@ -1,7 +1,7 @@
 """What a micro-batch adds to the training loss, and the sums that become the logged metrics.
 
-Every sum is divided by the GLOBAL count of what it sums over (all ranks and micro-batches of the step), so the loss does not
-depend on how the step's sequences are laid out:
+Every sum is divided by the GLOBAL count of what it sums over (all ranks and micro-batches of the step), so the loss
+does not depend on how the step's sequences are laid out:
 
     loss = lm + mtp_weight * mtp + sum over layers of KL / rows + balance_weight * balance / sequences
 
@@ -40,7 +40,8 @@ def global_counts(batches: Iterable[Mapping[str, Tensor]]) -> Counts:
     for batch in batches:
         rows = torch.arange(batch["doc_start"].shape[0], device=batch["doc_start"].device)
         real = (batch["doc_start"] <= rows).sum()
-        total += torch.stack([(batch["labels"] >= 0).sum(), (batch["mtp_labels"] >= 0).sum(), real, torch.ones_like(real)])
+        targets, second = (batch["labels"] >= 0).sum(), (batch["mtp_labels"] >= 0).sum()
+        total += torch.stack([targets, second, real, torch.ones_like(real)])
     return Counts(*distributed.sum_over_ranks(total).clamp(min=1).tolist())
 
 
@@ -98,7 +99,9 @@ def reduce_sums(sums: Sums, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
     return {name: part.view(full[name].shape) for name, part in zip(sorted(full), parts, strict=True)}
 
 
-def step_shapes(stage: Stage, layers: int, routers: int, experts: int, stats: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def step_shapes(
+    stage: Stage, layers: int, routers: int, experts: int, stats: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a step's sums. `layers`: with MTP's; `stats`: names that the forward reports on this step."""
     shapes: dict[str, tuple[int, ...]] = {"loss": (), "stop": (), "expert_counts": (routers, experts)}
     if stage.lm_loss:

@@ -1,8 +1,8 @@
 """The optimiser: who is in it, at which rate at which step, and how a step is left out.
 
-The schedule is a pure function of the step, written into the parameter groups before every step, so there is nothing of it to
-save. A rate depends on `train.steps` (the cosine ends there): a run extended by a larger `train.steps` follows the longer
-cosine from where it goes on.
+The schedule is a pure function of the step, written into the parameter groups before every step, so there is nothing of
+it to save. A rate depends on `train.steps` (the cosine ends there): a run extended by a larger `train.steps` follows
+the longer cosine from where it goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def select_trainable(net: nn.Module, stage: Stage) -> None:
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by role (trunk, indexer), matrices with weight decay, norms and biases without. No empty group."""
+    """Trainable parameters by role (trunk, indexer): matrices with weight decay, norms and biases without."""
     found: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:

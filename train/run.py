@@ -113,8 +113,8 @@ class RunContext:
             size, vocab_size = len(self._tokenizer), self.config.model.vocab_size
             if size > vocab_size:
                 raise UserError(
-                    f"data.tokenizer={self.config.data.tokenizer} has {size} tokens and the model's vocabulary {vocab_size}:"
-                    " give a smaller tokenizer"
+                    f"data.tokenizer={self.config.data.tokenizer} has {size} tokens and the model's vocabulary"
+                    f" {vocab_size}: give a smaller tokenizer"
                 )
         return self._tokenizer
 
@@ -211,7 +211,8 @@ class RunContext:
             from model.hf import save_pretrained
 
             dtype = torch.float32 if self.config.precision.name == "fp32" else torch.bfloat16
-            save_pretrained(net, self.folder / "hf", dtype, self.folder / "tokenizer", progress=self.listed("writing hf/"))
+            shown = self.listed("writing hf/")
+            save_pretrained(net, self.folder / "hf", dtype, self.folder / "tokenizer", progress=shown)
         distributed.barrier()
 
 

@@ -1,8 +1,9 @@
-"""The six stages as declarations: what a stage attends with, what it trains and on which losses. The loop only reads them.
+"""The six stages as declarations: what a stage attends with, what it trains and on which losses. The loop only reads
+them.
 
-Learning rates at full size are DeepSeek-V3.2's (warm-up 1e-3, adaptation 7.3e-6; the report gives the indexer's rate during
-adaptation no number of its own, and its gradient is disjoint from the trunk's: ours is ten times the trunk's). Models narrower
-than `NARROW` need larger ones: the `*_narrow` values.
+Learning rates at full size are DeepSeek-V3.2's (warm-up 1e-3, adaptation 7.3e-6; the report gives the indexer's rate
+during adaptation no number of its own, and its gradient is disjoint from the trunk's: ours is ten times the trunk's).
+Models narrower than `NARROW` need larger ones: the `*_narrow` values.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def resolve_rates(stage: Stage, optim: OptimConfig, hidden_size: int) -> OptimCo
     both = stage.trains == "all"
     if optim.indexer_lr is not None and not both:
         raise UserError(
-            f"optim.indexer_lr={optim.indexer_lr:g} is not used by stage {stage.name}, which trains the {stage.trains} alone:"
-            " give optim.lr"
+            f"optim.indexer_lr={optim.indexer_lr:g} is not used by stage {stage.name}, which trains the {stage.trains}"
+            " alone: give optim.lr"
         )
     if stage.trains == "nothing":
         return optim

@@ -1,7 +1,7 @@
 """What a run starts from: `init_from`, the architecture that it sets, the learning rates, the tokenizer.
 
-Everything that the user may leave out is filled in here and then stands in `config.yaml`. A run that goes on takes what was
-filled in from there, so that a newer finished run under `runs/` does not become its start halfway.
+Everything that the user may leave out is filled in here and then stands in `config.yaml`. A run that goes on takes what
+was filled in from there, so that a newer finished run under `runs/` does not become its start halfway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAY_DIFFER = ("index_n_heads", "index_head_dim", "index_topk", "mtp")  # from th
 
 
 def resolve(config: RunConfig, overrides: frozenset[str], stored: RunConfig | None = None) -> RunConfig:
-    """The run with nothing left open. `overrides`: what the user set; `stored`: the config.yaml of the run that goes on.
+    """The run with nothing left open. `overrides`: what the user set; `stored`: the run that goes on in `output_dir`.
 
     Raises UserError with one line: no start is found, or the user's model is not the checkpoint's.
     """
@@ -58,7 +58,10 @@ def finished_runs(root: Path = RUNS) -> dict[Path, str]:
 
 
 def default_start(stage: Stage, root: Path = RUNS) -> str | None:
-    """The newest finished run of the stages before; None for a stage that needs no start. UserError where there is none."""
+    """The newest finished run of the stages before, None for a stage that needs no start.
+
+    UserError where there is no such run.
+    """
     if not stage.previous:
         return None
     for folder, name in finished_runs(root).items():
@@ -66,8 +69,8 @@ def default_start(stage: Stage, root: Path = RUNS) -> str | None:
             return str(folder)
     before = " or ".join(stage.previous)
     raise UserError(
-        f"init_from is not given and {root}/ holds no finished run of {before}: run +stage={stage.previous[0]} first, or give"
-        " init_from=PATH, a Hugging Face folder or the output_dir of a run"
+        f"init_from is not given and {root}/ holds no finished run of {before}: run +stage={stage.previous[0]} first,"
+        " or give init_from=PATH, a Hugging Face folder or the output_dir of a run"
     )
 
 
@@ -80,8 +83,8 @@ def weights_folder(init_from: str) -> Path:
     if not given.exists():
         raise UserError(f"init_from={init_from} does not exist: give a Hugging Face folder or the output_dir of a run")
     if (given / "config.yaml").is_file():
-        raise UserError(f"init_from={init_from} is a run that has not finished (no hf/): let it finish, then start from it")
-    raise UserError(f"init_from={init_from} holds neither config.json nor hf/config.json: give a Hugging Face folder or a run")
+        raise UserError(f"init_from={init_from} is a run that has not finished (no hf/): let it finish first")
+    raise UserError(f"init_from={init_from} holds no config.json and no hf/: give a Hugging Face folder or a run's")
 
 
 def checkpoint_model(folder: Path, given: ModelConfig, overrides: frozenset[str]) -> ModelConfig:
@@ -101,8 +104,8 @@ def checkpoint_model(folder: Path, given: ModelConfig, overrides: frozenset[str]
         if key == "num_nextn_predict_layers" and given.num_mtp_layers == 0 or key == "mtp":
             continue
         raise UserError(
-            f"model.{key}={mine[key]} is not what init_from has ({folder / 'config.json'}: {theirs[key]}): leave it out;"
-            f" only {', '.join('model.' + name for name in MAY_DIFFER)} can differ"
+            f"model.{key}={mine[key]} is not what {folder / 'config.json'} has, {theirs[key]}: leave it out, only"
+            f" {', '.join('model.' + name for name in MAY_DIFFER)} can differ"
         )
     return found
 
@@ -116,13 +119,16 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
 
 
 def default_tokenizer(init_from: str | None, model: ModelConfig) -> str:
-    """The tokenizer of the checkpoint; for a run from nothing one trained on its corpus. UserError where there is neither."""
+    """The tokenizer of the checkpoint; for a run from nothing one trained on its corpus.
+
+    UserError where the checkpoint has none.
+    """
     if init_from is None:
         return f"train:{model.vocab_size}"
     folder = weights_folder(init_from)
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
         return str(folder)
-    raise UserError(f"{folder} holds no tokenizer: give data.tokenizer=FOLDER, the tokenizer that the checkpoint was trained with")
+    raise UserError(f"{folder} holds no tokenizer: give the one that it was trained with, data.tokenizer=FOLDER")
 
 
 def differences(stored: RunConfig, config: RunConfig, allowed: tuple[str, ...]) -> list[str]:

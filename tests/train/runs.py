@@ -1,4 +1,6 @@
-"""Whole runs of the tiny model in forked processes, with `tiny.batch` as the data and a hook to break them at a sequence."""
+"""Whole runs of the tiny model in forked processes, with `tiny.batch` as the data and a hook to break them at a
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ Hook = Callable[[int], None]
 
 
 def config(folder: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
-    """A run of six steps that saves every second one. `changes`: fields of `train`, `zero`, `optim`, `model`, `init_from`."""
+    """Six steps, saved every second one. `changes`: fields of `train`, and zero, optim, model, init_from, resume."""
     steps = {"steps": 6, "log_every": 1, "save_every": 2, "micro_batches": 2}
     fields = {key: value for key, value in changes.items() if key in TrainConfig.__dataclass_fields__}
     return RunConfig(

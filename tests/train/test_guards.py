@@ -1,0 +1,50 @@
+"""The loss guards."""
+
+from __future__ import annotations
+
+import pytest
+
+from train.guards import FEWEST, WINDOW, Guard, TooManySkips
+
+
+def filled(count: int = FEWEST, loss: float = 2.0) -> Guard:
+    guard = Guard(spike_factor=3.0, max_skipped=2)
+    for _ in range(count):
+        guard.accept(loss)
+    return guard
+
+
+@pytest.mark.parametrize("loss, norm, reason", [(float("nan"), 1.0, "loss nan"), (1.0, float("inf"), "gradient norm inf")])
+def test_what_is_not_finite_is_left_out_from_the_first_step(loss: float, norm: float, reason: str) -> None:
+    assert (Guard(3.0, 2).judge(loss, norm) or "").startswith(reason)
+
+
+def test_a_spike_needs_a_history_and_a_factor() -> None:
+    assert filled(FEWEST - 1).judge(100.0, 1.0) is None
+    assert filled().judge(5.9, 1.0) is None
+    assert "loss 6.1 above 3 x the running median 2" in (filled().judge(6.1, 1.0) or "")
+
+
+def test_the_window_runs() -> None:
+    guard = filled(WINDOW, 100.0)
+    for _ in range(WINDOW // 2 + 1):
+        guard.accept(1.0)
+    assert len(guard.window) == WINDOW
+    assert guard.judge(4.0, 1.0) is not None
+
+
+def test_too_many_skips_name_step_and_values() -> None:
+    guard = filled()
+    guard.count_skip(7, "loss nan")
+    guard.count_skip(8, "loss nan")
+    with pytest.raises(TooManySkips, match="step 9: loss nan; 3 steps were left out, more than train.max_skipped_steps=2"):
+        guard.count_skip(9, "loss nan")
+
+
+def test_state_goes_round() -> None:
+    guard = filled()
+    guard.count_skip(3, "loss nan")
+    other = Guard(3.0, 2)
+    other.load_state(guard.state())
+    assert (other.window, other.skipped) == (guard.window, 1)
+    assert other.judge(6.1, 1.0) == guard.judge(6.1, 1.0)

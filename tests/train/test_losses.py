@@ -1,0 +1,100 @@
+"""The loss of a step is the same number however its sequences are laid out, and each part is what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.schema import ModelConfig, TrainConfig
+from model import Transformer
+from tests.distributed.helper import run_ranks
+from tests.train import tiny
+from train.flops import flops_per_token, indexer_weights, trunk_weights
+from train.losses import Counts, add_sums, global_counts, indexer_metrics, micro_batch_loss, reduce_sums
+from train.stages import STAGES
+
+
+def test_the_parts_are_means_over_their_own_counts() -> None:
+    net, train = tiny.build(), TrainConfig(mtp_weight=0.25, balance_weight=0.5)
+    out = net(**tiny.batch(0), indexer_loss="selected")
+    counts = Counts(lm=10, mtp=8, rows=13, sequences=2)
+    loss, sums = micro_batch_loss(out, counts, STAGES["sparse_adapt"], train)
+    lm, mtp = -out.token_logprobs.sum(), -out.mtp_logprobs.sum()
+    wanted = lm / 10 + 0.25 * mtp / 8 + out.indexer_kl.sum() / 13 + 0.5 * out.balance / 2
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert float(sums["lm"]) == pytest.approx(float(lm.detach()))
+    assert out.balance > 0 and out.indexer_kl.shape == (3,)
+
+
+def test_warmup_has_the_indexers_loss_alone() -> None:
+    out = tiny.build()(**tiny.batch(0), attention="dense", indexer_loss="dense", lm_loss=False, trunk_grad=False)
+    loss, _ = micro_batch_loss(out, Counts(1, 1, 13, 1), STAGES["dense_warmup"], TrainConfig())
+    assert float(loss.detach()) == pytest.approx(float(out.indexer_kl.detach().sum()) / 13, rel=1e-6)
+
+
+def test_idle_parameters_get_zero_gradients() -> None:
+    net = tiny.build()
+    batch = tiny.batch(0)
+    batch["mtp_labels"] = torch.full_like(batch["mtp_labels"], -100)
+    out = net(**batch)
+    assert out.mtp_logprobs is None
+    idle = list(net.mtp.parameters())
+    micro_batch_loss(out, Counts(1, 1, 1, 1), STAGES["pretrain"], TrainConfig(), idle)[0].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in idle)
+
+
+def test_counts_and_sums_run_over_all_ranks() -> None:
+    def count() -> tuple[Counts, dict]:
+        rank = torch.distributed.get_rank()
+        counts = global_counts([tiny.batch(rank), tiny.batch(rank + 2)])
+        sums = {"a": torch.tensor(1.0 + rank).double(), "b": torch.ones(rank + 1, 2).double(), "unnamed": torch.ones(1)}
+        return counts, reduce_sums(sums, {"a": (), "b": (3, 2), "missing": (2,)})
+
+    batches = [tiny.batch(i) for i in range(4)]
+    for counts, sums in run_ranks(count, 2):
+        assert counts.lm == sum(int((b["labels"] >= 0).sum()) for b in batches)
+        assert counts.mtp == sum(int((b["mtp_labels"] >= 0).sum()) for b in batches)
+        assert (counts.rows, counts.sequences) == (4 * 13, 4)
+        assert sums["a"] == 3.0
+        assert sums["b"].tolist() == [[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]]  # a rank without MTP has fewer rows
+        assert sums["missing"].tolist() == [0.0, 0.0] and "unnamed" not in sums
+
+
+def test_micro_batches_add_up_with_and_without_mtp() -> None:
+    total: dict = {}
+    add_sums(total, {"expert_counts": torch.ones(3, 2)})
+    add_sums(total, {"expert_counts": torch.ones(2, 2), "lm": torch.tensor(2.0)})
+    add_sums(total, {"expert_counts": torch.ones(3, 2), "lm": torch.tensor(3.0)})
+    assert total["expert_counts"].tolist() == [[3.0, 3.0], [3.0, 3.0], [2.0, 2.0]]
+    assert total["lm"] == 5.0
+
+
+def test_indexer_metrics_average_over_main_layers_and_name_the_selected_reference_apart() -> None:
+    kl, rows = torch.tensor([2.0, 1.0, 9.0]), 4.0  # the third layer is MTP's
+    stats = {"kl_uniform": torch.tensor([4.0, 10.0, 9.0]), "mass": torch.tensor([2.0, 3.0, 0.0])}
+    stats |= {"oracle_mass": torch.tensor([4.0, 3.0, 1.0]), "rows": torch.full((3,), 4.0)}
+    found = indexer_metrics(kl, stats, rows, 2, "dense")
+    assert found["loss/indexer_kl"] == pytest.approx(1.5 / 4)
+    assert found["indexer/kl_captured"] == pytest.approx((0.5 + 0.9) / 2)
+    assert found["indexer/kl_uniform"] == pytest.approx(7 / 4)
+    assert found["indexer/mass_recall"] == pytest.approx(0.625)
+    assert found["indexer/recall_of_oracle"] == pytest.approx(0.75)
+    assert found["indexer/layer_01/kl"] == 0.25 and "indexer/layer_02/kl" not in found
+    selected = indexer_metrics(kl, {"kl_uniform": stats["kl_uniform"]}, rows, 2, "selected")
+    assert selected["indexer/kl_captured_selected"] == found["indexer/kl_captured"]
+    assert "indexer/kl_captured" not in selected and "indexer/mass_recall" not in selected
+
+
+def test_flops_count_the_weights_that_a_token_meets() -> None:
+    dense = ModelConfig(first_k_dense_replace=4, num_nextn_predict_layers=0)
+    net = Transformer(dense)
+    matrices = {n: p for n, p in net.named_parameters() if p.dim() == 2 and not n.startswith("embed")}
+    assert trunk_weights(dense) == sum(p.numel() for n, p in matrices.items() if ".indexer." not in n)
+    assert 4 * indexer_weights(dense) == sum(p.numel() for n, p in matrices.items() if ".indexer." in n)
+    pretrain, warmup, adapt = (STAGES[name] for name in ("pretrain", "dense_warmup", "sparse_adapt"))
+    attention = 4 * 2 * 4 * (48 + 32) * 256  # layers, 2 FLOPs, heads, widths, keys seen of 512
+    assert flops_per_token(dense, pretrain, 512) == 3 * (2 * trunk_weights(dense) + attention)
+    assert flops_per_token(dense, warmup, 512) < flops_per_token(dense, pretrain, 512)
+    # twice the context costs the selected core nothing, the indexer's scoring twice
+    grown = flops_per_token(dense, adapt, 2048) - flops_per_token(dense, adapt, 1024)
+    assert grown == 3 * 4 * 2 * 16 * 32 * 512

@@ -1,0 +1,56 @@
+"""Whole runs: layouts that must agree, the guards inside the loop, what a run's folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.convert import load_yaml
+from conf.schema import OptimConfig
+from tests.train import runs
+from train.checkpoint import read_state
+
+
+def test_two_ranks_equal_one_rank_with_twice_the_micro_batches(tmp_path: Path) -> None:
+    assert runs.go(runs.config(tmp_path / "one", micro_batches=4)) == ["finished"]
+    assert runs.go(runs.config(tmp_path / "two", micro_batches=2), world=2) == ["finished"] * 2
+    one, two = runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(one, two, strict=True):
+        # fp32 sums in another order, carried through six steps of AdamW
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_a_run_leaves_its_folder_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert runs.go(runs.config(folder, steps=5, log_every=3)) == ["finished"]
+    assert [row["step"] for row in runs.rows(folder)] == [1, 3, 5]  # first, every third, last
+    assert runs.rows(folder)[-1]["tokens"] == 5 * 2 * 13
+    for name in ("hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "checkpoints/latest"):
+        assert (folder / name).is_file(), name
+    assert load_yaml(folder / "config.yaml").optim.lr == 3e-3  # resolved
+    state = read_state(folder / "checkpoints" / "step_5")
+    assert (state.step, state.data_position, state.world_size) == (5, 10, 1)
+
+
+def test_spikes_are_left_out_and_counted(tmp_path: Path) -> None:
+    # almost no learning and no tolerance: every loss above the median is a spike
+    changes = {"steps": 24, "micro_batches": 1, "spike_factor": 1.0 + 1e-9, "optim": OptimConfig(lr=1e-9)}
+    assert runs.go(runs.config(tmp_path / "run", max_skipped_steps=20, **changes)) == ["finished"]
+    skipped = [row["optim/skipped_steps"] for row in runs.rows(tmp_path / "run")]
+    assert skipped[15] == 0 and 0 < skipped[-1] <= 8 and skipped == sorted(skipped)
+    with pytest.raises(AssertionError, match=r"TooManySkips: step \d+: loss .* above 1 x the running median"):
+        runs.go(runs.config(tmp_path / "stopped", max_skipped_steps=0, **changes))
+
+
+def test_the_routers_bias_moves_where_declared(tmp_path: Path) -> None:
+    base, warm = tmp_path / "base", tmp_path / "warm"
+    assert runs.go(runs.config(base, steps=1)) == ["finished"]
+    assert runs.go(runs.config(warm, "dense_warmup", init_from=str(base), steps=1)) == ["finished"]
+    before, after = runs.weights(base), runs.weights(warm)
+    names = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(names) == 2  # a MoE layer, and MTP's
+    for name in names:
+        assert before[name].abs().max() == pytest.approx(1e-3)  # one step of bias_update_speed
+        assert before[name].equal(after[name])
