@@ -14,6 +14,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from conf.errors import UserError
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
+ZST_CHUNK = 4096  # compressed bytes at a time: a frame of zeros grows 30,000-fold
 log = logging.getLogger("winnow.data")
 
 
@@ -107,30 +109,48 @@ def read_text(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
         yield f"{path}:1", text
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    if suffix(path) == ".jsonl.gz":
-        return gzip.open(path, "rb")
-    if suffix(path) == ".jsonl.zst":
-        import io
+def _zst_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines of zstd frames laid end to end. EOFError where the last one is cut, which the library's own reader passes
+    over in silence."""
+    import zstandard
 
-        import zstandard
-
-        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(raw)
-    return path.open("rb")
+    frame = None
+    line: list[bytes] = []  # parts of the line that is not whole yet
+    while compressed := stream.read(ZST_CHUNK):
+        while compressed:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            first, *others = frame.decompress(compressed).split(b"\n")
+            line.append(first)
+            if others:
+                yield b"".join(line)
+                yield from others[:-1]
+                line = others[-1:]
+            compressed = frame.unused_data
+            if frame.eof:
+                frame = None
+    if any(line):
+        yield b"".join(line)
+    if frame is not None:
+        raise EOFError("the last zstd frame is cut")
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Raw lines, decompressed. UserError naming the line after which a file breaks."""
+    kind = suffix(path)
     broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if suffix(path) == ".jsonl.zst":
+    if kind == ".jsonl.zst":
         import zstandard
 
         broken += (zstandard.ZstdError,)
     number = 0
     try:
-        with _open(path) as stream:
-            for line in stream:
+        with path.open("rb") as raw, ExitStack() as stack:
+            lines: Iterable[bytes] = raw
+            if kind == ".jsonl.gz":
+                lines = stack.enter_context(gzip.open(raw))
+            elif kind == ".jsonl.zst":
+                lines = _zst_lines(raw)
+            for line in lines:
                 number += 1
                 yield line
     except broken as error:

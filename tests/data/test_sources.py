@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -138,13 +139,28 @@ def test_bad_values_in_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_files_that_break_off_are_errors_at_once(tmp_path: Path) -> None:
-    whole = write_all_formats(tmp_path)
-    for path, match in zip(whole[1:], ("breaks off after line", "breaks off after line", "as parquet"), strict=True):
-        broken = tmp_path / f"cut_{path.name}"
-        broken.write_bytes(path.read_bytes()[:-20] if path.suffix != ".zst" else b"\x28\xb5\x2f\xfd" + b"junk" * 9)
+    _, zipped, zst, table = write_all_formats(tmp_path)
+    broken = {
+        "cut.jsonl.gz": (zipped.read_bytes()[:-20], "breaks off after line .*end-of-stream marker"),
+        "cut.jsonl.zst": (zst.read_bytes()[:-6], "breaks off after line .*last zstd frame is cut"),
+        "junk.jsonl.zst": (b"\x28\xb5\x2f\xfd" + b"junk" * 9, "breaks off after line 0"),
+        "foreign.jsonl.gz": (LINES, "breaks off after line 0"),
+        "cut.parquet": (table.read_bytes()[:-20], "cannot be read as parquet"),
+    }
+    for name, (content, match) in broken.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=match) as caught:
-            list(documents(files_config(broken), "train"))
-        assert broken.name in str(caught.value) and "\n" not in str(caught.value)
+            list(documents(files_config(tmp_path / name), "train"))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_zst_lines_may_straddle_chunks_and_frames(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{n} " + hashlib.sha256(str(n).encode()).hexdigest() * (n % 90)}) for n in range(400)]
+    content = "\n".join(lines).encode()
+    frames = [zstandard.ZstdCompressor().compress(content[at : at + 50_001]) for at in range(0, len(content), 50_001)]
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"".join(frames))
+    found = read_rows(tmp_path / "rows.jsonl.zst", ["text"], BadRows(0))
+    assert [json.dumps(row) for _, row in found] == lines and len(frames) > 3
 
 
 def test_mistakes_end_in_one_line_with_the_fix(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from data.packing import IGNORE, PackedBatch, pack
 from data.split import is_heldout
 from data.stream import TokenStream
 from data.tasks.arithmetic import prompt_key
-from data.tokenizer import encode_texts
+from data.tokenizer import encode_texts, load_tokenizer
 
 TEXTS = [f"{n}:" + "abcdefghij"[: n % 11] * (1 + n % 4) for n in range(30)]
 
@@ -177,9 +177,10 @@ def test_the_cache_is_used_by_the_next_stage_and_by_nobody_else(
     first = TokenStream(cfg, byte_tokenizer, 0, cache_dir=cache)
     assert same(first.sequence(1), TokenStream(cfg, byte_tokenizer, 0).sequence(1)), "cached or not, the same"
     TokenStream(cfg, trained_tokenizer, 0, cache_dir=cache)
+    TokenStream(cfg, load_tokenizer("train:264", corpus=["abcd"]), 0, cache_dir=cache)  # the same frame, another text
     TokenStream(cfg, byte_tokenizer, 0, "heldout", cache_dir=cache)
     TokenStream(replace(cfg, heldout=0.4), byte_tokenizer, 0, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 4 and not list(cache.glob(".building-*"))
+    assert len(list(cache.iterdir())) == 5 and not list(cache.glob(".building-*"))
 
     def no_reading(*arguments: object, **options: object) -> None:
         raise AssertionError("tokenised again")
