@@ -55,7 +55,9 @@ class Run:
             return "failed"
         if self.preempted:
             return "preempted"
-        return "finished" if not isinstance(steps, int) or self.last_step >= steps else "unfinished"
+        if self.config.get("stage") == "evaluate" or not isinstance(steps, int):
+            return "finished"
+        return "finished" if self.last_step >= steps else "unfinished"
 
 
 def flatten(values: Any, separator: str = ".", prefix: str = "") -> dict[str, Any]:

@@ -113,7 +113,7 @@ def section_bodies(runs: list[Run]) -> dict[str, str]:
         match = LAYER_KEY.match(key)
         if match is not None:
             layered[match["group"], match["name"]] = None
-        else:
+        elif not all(key in run.evaluation for run in runs if key in run.keys()):  # the table of evaluations has it
             cards.setdefault(section_of(key), []).append(metric_figure(runs, key))
     for group, name in sorted(layered, key=lambda pair: (known.get(pair[1], len(known)), pair)):
         drawn = layer_figures(runs, group, name)

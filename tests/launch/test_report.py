@@ -134,6 +134,14 @@ def test_damaged_side_files_do_not_stop_the_page(tmp_path: Path, name: str, cont
     assert page.count("path", **{"class": "line"}) == 2 * 8 and page.unbalanced == []
 
 
+def test_a_configuration_that_refers_to_itself_is_not_unfolded(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=8)
+    lines = ["a0: &a0 {x: 1, y: 2}", *(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}" for i in range(1, 10))]
+    (run / "config.yaml").write_text("\n".join(lines))
+    loaded = load_run(run, "run")
+    assert loaded.config == {} and loaded.notes == ["config.yaml is damaged and was left out"]
+
+
 def test_a_lone_surrogate_in_a_sample_does_not_stop_the_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "grpo", "grpo")
     (run / "samples.jsonl").write_text('{"step": 1, "text": "\\ud83d broken"}\n[1]\nnull\n{"torn')
@@ -180,6 +188,31 @@ def test_configurations_put_first_what_differs(tmp_path: Path) -> None:
     source, _ = rendered(runs, tmp_path / "out")
     assert "config.yaml is damaged and was left out" in source
     assert "RuntimeError: out of memory" in source and '<span class="alarm">failed</span>' in source
+
+
+def test_the_glance_tells_first_last_and_best_and_how_a_run_ended(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, steps=8) for name in ("a", "b", "c")]
+    for run, values in zip(runs, ([3.0, 1.0, 2.0], [5.0], [4.0, None]), strict=True):
+        rows = [{"step": i + 1, "loss/lm": v, "reward/mean": v, "optim/lr": v} for i, v in enumerate(values)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (runs[1] / "preempted").touch()
+    (runs[2] / "config.yaml").write_text("stage: evaluate\ntrain: {steps: 8}\n")
+    source, _ = rendered(runs, tmp_path / "out")
+    loss, reward = (re.search(rf"<small>{key}.*?</tr>", source) for key in ("loss/lm", "reward/mean"))
+    assert loss and "<b>2</b><small><span>first 3</span> <span>best 1</span>" in loss[0]
+    assert "<b>5</b>" in loss[0] and "<b>4</b><small><span>first 4</span> <span>best 4</span>" in loss[0]
+    assert reward and "<b>2</b><small><span>first 3</span> <span>best 3</span>" in reward[0]
+    assert [load_run(run, run.name).state for run in runs] == ["unfinished", "preempted", "finished"]
+
+
+def test_an_evaluation_is_a_table_and_no_charts_of_one_point(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    values = {"loss/lm_dense": 2.125, "indexer/layer_00/kl": 0.25, "indexer/layer_01/kl": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 0, **values}))
+    (run / "evaluation.json").write_text(json.dumps(values))
+    source, page = rendered([run], tmp_path / "out")
+    assert source.count("<figure>") == 1 and "indexer/layer_*/kl" in source  # the profile over depth
+    assert "<td>2.125</td>" in source and "<td>0.2500</td>" in source and page.count("circle", **{"class": "dot"}) == 2
 
 
 def test_samples_of_a_large_file_are_its_first_and_last(tmp_path: Path) -> None:
