@@ -143,7 +143,7 @@ def redacted(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunC
 def save_yaml(config: RunConfig, path: str | Path) -> None:
     """Writes the redacted config, whole or not at all (a temporary file moved into place)."""
     path = Path(path)
-    text = yaml.safe_dump(to_dict(redacted(config)), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(to_dict(redacted(config)), sort_keys=False)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
