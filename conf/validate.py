@@ -53,6 +53,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "model.rope.beta_slow": "(0, inf)",
     "data.heldout": "(0, 1)",
     "data.synthetic_share": "[0, 1)",
+    "data.worked_share": "[0, 1]",
     "train.balance_weight": "[0, inf)",
     "train.spike_factor": "(1, inf)",
     "optim.lr": "(0, inf)",
