@@ -18,8 +18,8 @@ from launch import stage
 
 ENTRY = str(Path(stage.__file__).resolve())
 SMALL = (
-    "+stage=pretrain data.source=synthetic data.tokenizer=bytes data.seq_len=64 model.vocab_size=256 model.hidden_size=64"
-    " model.num_hidden_layers=2 train.steps=12 train.log_every=1 train.save_every=4 tracker=none"
+    "+stage=pretrain data.source=synthetic data.tokenizer=bytes data.seq_len=64 model.vocab_size=256"
+    " model.hidden_size=64 model.num_hidden_layers=2 train.steps=12 train.log_every=1 train.save_every=4 tracker=none"
 ).split()
 
 

@@ -20,6 +20,7 @@ from conf.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Ru
 from data.packing import PackedBatch
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
+from train.checkpoint import newest, read_state
 from train.run import RunContext, open_run
 
 MODEL: ModelConfig = replace(tiny.MODEL, vocab_size=256)
@@ -86,6 +87,8 @@ def _run(run: RunConfig, hook: Hook | None, overrides: frozenset[str]) -> str:
 
 def go(run: RunConfig, world: int = 1, hook: Hook | None = None, overrides: frozenset[str] = frozenset()) -> list[str]:
     """Runs it -> how each rank ended."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  (before the processes fork: 1.3 s each)
+
     return run_ranks(_run, world, run, hook, overrides)
 
 
@@ -110,8 +113,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit-equal metrics and weights."""
+    """Bit-equal metrics, weights and state."""
     assert rows(one) == rows(other)
+    ends = [newest(folder) for folder in (one, other)]
+    assert ends[0] and ends[1] and read_state(ends[0]) == read_state(ends[1])
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():

@@ -14,7 +14,10 @@ def filled(count: int = FEWEST, loss: float = 2.0) -> Guard:
     return guard
 
 
-@pytest.mark.parametrize("loss, norm, reason", [(float("nan"), 1.0, "loss nan"), (1.0, float("inf"), "gradient norm inf")])
+NOT_FINITE = [(float("nan"), 1.0, "loss nan"), (1.0, float("inf"), "gradient norm inf")]
+
+
+@pytest.mark.parametrize(("loss", "norm", "reason"), NOT_FINITE)
 def test_what_is_not_finite_is_left_out_from_the_first_step(loss: float, norm: float, reason: str) -> None:
     assert (Guard(3.0, 2).judge(loss, norm) or "").startswith(reason)
 
@@ -37,7 +40,7 @@ def test_too_many_skips_name_step_and_values() -> None:
     guard = filled()
     guard.count_skip(7, "loss nan")
     guard.count_skip(8, "loss nan")
-    with pytest.raises(TooManySkips, match="step 9: loss nan; 3 steps were left out, more than train.max_skipped_steps=2"):
+    with pytest.raises(TooManySkips, match="step 9: loss nan; 3 steps were left out, more than .*max_skipped_steps=2"):
         guard.count_skip(9, "loss nan")
 
 

@@ -39,7 +39,12 @@ def test_each_role_has_its_own_rate() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "roles"),
-    [("pretrain", {"trunk"}), ("dense_warmup", {"indexer"}), ("sparse_adapt", {"trunk", "indexer"}), ("grpo", {"trunk"})],
+    [
+        ("pretrain", {"trunk"}),
+        ("dense_warmup", {"indexer"}),
+        ("sparse_adapt", {"trunk", "indexer"}),
+        ("grpo", {"trunk"}),
+    ],
 )
 def test_the_optimizer_holds_what_the_stage_trains_and_decays_matrices_alone(stage: str, roles: set[str]) -> None:
     net = tiny.build()

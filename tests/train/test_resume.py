@@ -18,7 +18,7 @@ from tests.train import runs
 from train import checkpoint
 from train.checkpoint import newest, read_state, step_folders
 
-CASES = [("pretrain", 1, 1), ("pretrain", 0, 2), ("dense_warmup", 2, 1), ("sparse_adapt", 2, 2), ("sft", 1, 1)]
+CASES = [("pretrain", 0, 2), ("dense_warmup", 2, 1), ("sparse_adapt", 2, 2), ("sft", 1, 1)]
 
 
 @pytest.fixture(scope="module")
