@@ -26,6 +26,7 @@ from rl.rollout.native import NativeEngine
 from rl.summary import add_over_ranks, experience_metrics, experience_sums
 from train import distributed
 from train.evaluate import evaluate_losses
+from train.metrics import clean_row
 from train.progress import Progress
 from train.run import RunContext, peak_memory_bytes
 
@@ -40,7 +41,7 @@ def run(context: RunContext) -> None:
     row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
     if context.is_main:
         partial = context.folder / ".evaluation.json"
-        partial.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(clean_row(row), indent=2) + "\n", encoding="utf-8")
         partial.replace(context.folder / "evaluation.json")
 
 

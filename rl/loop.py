@@ -47,6 +47,7 @@ def run(context: RunContext) -> None:
     """Trains the policy for `train.steps` iterations and writes `hf/`."""
     config, rl = context.config, context.config.rl
     context.guard = Guard(math.inf, config.train.max_skipped_steps)  # a policy loss has no scale for a spike
+    stream = open_prompts(context)
     net = context.build_net()
     freeze(net, context)
     reference = Reference(net, context.folder) if rl.beta > 0 else None
@@ -54,7 +55,6 @@ def run(context: RunContext) -> None:
     state = context.restore(engine)
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
-    stream = open_prompts(context)
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast_dtype(config.precision.name))
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
@@ -141,14 +141,14 @@ def improve(
             engine, experience, members, loss_settings(rl), reference, rl.pack_len, context.stage.attention
         )
         if update is None:
-            context.say(f"iteration {state.step + 1}: mini-batch {number} has no graded group, so no step is taken")
-            continue
-        reason = context.guard.judge(update.loss, update.grad_norm)
-        engine.step(values, skip=reason is not None)
+            reason: str | None = "no group whose grades are whole"
+        else:
+            reason = context.guard.judge(update.loss, update.grad_norm)
+            engine.step(values, skip=reason is not None)
+            rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
         if reason is not None:
             context.say(f"iteration {state.step + 1}: mini-batch {number} left out: {reason}")
             context.guard.count_skip(state.step + 1, reason)
-        rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
     found = mean_rows(rows)
     if rows:
         found["mismatch/k3"] = rows[0]["mismatch/k3"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from conf.errors import UserError
 from conf.schema import RLConfig
@@ -44,15 +45,17 @@ class PromptStream:
         self.go_to(0, 0, 0)
 
     def go_to(self, iteration: int, position: int, too_long: int) -> None:
-        """On with `iteration`, for which the prompts before `position` are used up."""
+        """On with `iteration`, for which the prompts before `position` are used up. UserError where there are none."""
         self.iteration, self.position, self.too_long = iteration, position, too_long
-        self.source = iter(self.open_source(position))
+        source = iter(self.open_source(position))
+        first = next(source, None)
+        if first is None:
+            raise UserError(f"rl.path={self.rl.path} holds no prompt to train on: give rows of prompt and answer")
+        self.source = chain((first,), source)
 
     def _next(self) -> tuple[Prompt, tuple[int, ...]]:
         for _ in range(PATIENCE):
-            prompt = next(self.source, None)
-            if prompt is None:
-                raise UserError(f"rl.path={self.rl.path} holds no prompt to train on: give rows of prompt and answer")
+            prompt = next(self.source)
             self.position += 1
             ids = self.encode(prompt.prompt)
             if len(ids) <= self.longest:

@@ -3,6 +3,7 @@ metrics.jsonl."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -37,8 +38,8 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
 
 
 def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:
-    """Means over the samples of all ranks. `rollout_seconds`: of the slowest rank."""
-    samples, graded, groups = sums["samples"], max(1.0, sums["graded"]), sums["groups"]
+    """Means over all ranks; rewards are NaN where no grade came. `rollout_seconds`: of the slowest rank."""
+    samples, graded, groups = sums["samples"], sums["graded"] or math.nan, sums["groups"]
     parts = {name.removeprefix("part/"): value for name, value in sums.items() if name.startswith("part/")}
     return {
         "reward/mean": sums["reward"] / graded,

@@ -1,5 +1,7 @@
 """A failed grade drops its group and is counted; whole groups get rewards and advantages."""
 
+import math
+
 import pytest
 
 from conf.schema import RLConfig
@@ -59,3 +61,12 @@ def test_what_a_grader_is_told():
     (attempt,) = pool.asked
     assert (attempt.prompt, attempt.answer, attempt.text) == ("3+4=?", "7", "</think>7")
     assert (attempt.num_tokens, attempt.max_tokens, attempt.finished) == (3, 10, True)
+
+
+def test_where_no_grade_came_there_is_no_reward():
+    broken = Grade(None, "KeyError: 'x'")
+    samples = [make_sample([1], [2], [0.0], prompt_index=0, sample_index=s) for s in range(2)]
+    found = judge(*grade(samples, FakePool([broken, broken]), RL), RL)  # type: ignore[arg-type]
+    row = experience_metrics(experience_sums(found, part_weights(RL)), rollout_seconds=1.0)
+    assert math.isnan(row["reward/mean"]) and math.isnan(row["reward/exact_match"])
+    assert row["reward/failed_grades"] == 2 and found.trained == []

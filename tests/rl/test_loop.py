@@ -162,3 +162,14 @@ def test_evaluate_measures_without_training(base: str, tmp_path: Path):
     assert expected <= row.keys() and expected | {"perf/tokens_per_s", "perf/peak_memory_bytes"} <= found.keys()
     assert found["reward/num_problems"] == 20 and 0 <= found["reward/accuracy"] <= 1
     assert {name: found[name] for name in row if name != "step"} == {k: v for k, v in row.items() if k != "step"}
+
+
+def test_graders_that_always_fail_end_the_run(base: str, tmp_path: Path):
+    rows_without_number = [{"prompt": f"{n}?", "answer": "no number"} for n in range(40)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_without_number))
+    rl = replace(RL, path=str(path), outcome="math_verify")
+    with pytest.raises(AssertionError, match="no group whose grades are whole; 3 steps were left out"):
+        go(config(tmp_path / "run", base, rl=rl, max_skipped_steps=2))
+    assert [row["reward/mean"] for row in rows(tmp_path / "run")] == [None, None]
+    assert rows(tmp_path / "run")[0]["reward/failed_groups"] == 4

@@ -63,4 +63,4 @@ def test_only_long_prompts_or_none_is_the_users_mistake():
     with pytest.raises(UserError, match=rf"{PATIENCE} prompts in a row are longer than 8 tokens.*raise rl.pack_len"):
         stream(numbers(9)).requests(0, 1)
     with pytest.raises(UserError, match="holds no prompt"):
-        stream(lambda start: iter([])).requests(0, 1)
+        stream(lambda start: iter([]))
