@@ -81,18 +81,22 @@ def save(engine: Engine, run: Path, state: TrainState, keep: int) -> None:
     distributed.barrier()
 
 
+def refuse_other_world(checkpoint: Path) -> None:
+    """UserError where another number of processes wrote it: DeepSpeed's state is cut into as many parts."""
+    wrote, here = read_state(checkpoint).world_size, distributed.world_size()
+    if wrote != here:
+        raise UserError(
+            f"{checkpoint} was written by {wrote} process{'es' if wrote > 1 else ''} and this run has {here}:"
+            f" start {wrote}, or give another output_dir"
+        )
+
+
 def restore(engine: Engine, checkpoint: Path) -> TrainState:
     """Loads the checkpoint into an engine built as the one that wrote it.
 
-    Raises UserError where the number of processes or the frozen weights are not those of the checkpoint.
+    Raises UserError where the frozen weights are not those that it was written beside.
     """
     state = read_state(checkpoint)
-    here = distributed.world_size()
-    if state.world_size != here:
-        raise UserError(
-            f"{checkpoint} was written by {state.world_size} processes and this run has {here}:"
-            f" start {state.world_size}, or give another output_dir"
-        )
     if state.frozen != frozen_checksum(engine.net):
         raise UserError(
             f"{checkpoint} belongs to other starting weights than init_from holds now: restore them, or give another"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -75,8 +74,8 @@ class RunContext:
             torch.set_num_threads(self.config.train.threads)
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("error.txt", "preempted"):
-                (self.folder / name).unlink(missing_ok=True)
+            for stale in [*self.folder.glob("error*.txt"), *self.folder.glob("preempted")]:
+                stale.unlink()
             save_yaml(self.config, self.folder / "config.yaml")
             step = None if self.resumed is None else checkpoint.read_state(self.resumed).step
             self.writer = MetricsWriter(self.folder, step)
@@ -177,8 +176,9 @@ class RunContext:
         return walk
 
     def say(self, line: str) -> None:
+        """A line on rank 0's stdout: where a run ends with the user's mistake, stderr holds that reason alone."""
         if self.is_main:
-            print(line, file=sys.stderr, flush=True)
+            print(line, flush=True)
 
     def logs(self, step: int) -> bool:
         """Whether `step` (completed steps) is logged: the first, the last and every `log_every`-th."""
@@ -239,6 +239,8 @@ def open_run(config: RunConfig, overrides: frozenset[str]) -> RunContext | None:
     if begun:
         assert stored is not None
         _refuse_other_run(stored, config, folder)
+        if resumed is not None:
+            checkpoint.refuse_other_world(resumed)
         done = checkpoint.read_state(resumed).step if resumed is not None else stored.train.steps
         if exported and done >= config.train.steps and stored.train.steps <= config.train.steps:
             return None

@@ -61,7 +61,7 @@ def test_sigkill_and_resume_end_in_the_same_bits(tmp_path: Path) -> None:
     assert not (killed / "hf").exists()
     done = finish(tmp_path, *command(killed, *SMALL))
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "going on from" in done.stdout
 
     def rows(folder: Path) -> list[dict]:
         found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -82,6 +82,17 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(
     assert list(step_folders(checkpoints)) == [4, 6]  # keep_checkpoints
 
 
+def test_kill_before_the_export_leaves_only_the_export_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.go(runs.config(tmp_path / "whole")) == ["finished"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunContext, "export", lambda *_: os._exit(9))
+        with pytest.raises(AssertionError):
+            runs.go(runs.config(tmp_path / "killed"))
+    assert not (tmp_path / "killed" / "hf").exists()
+    assert runs.go(runs.config(tmp_path / "killed"), hook=runs.die_at(12)) == ["finished"]  # no step is taken
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_sigterm_on_one_rank_stops_all_after_the_same_saved_step(tmp_path: Path) -> None:
     def hook(asked: int) -> None:
         if asked == 10:  # rank 1's, in step 3
@@ -131,7 +142,7 @@ def test_another_run_in_the_same_folder_is_refused(changes: dict, named: str, ba
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         runs.go(runs.config(tmp_path / "run"), hook=runs.die_at(8))
-    refusal = "UserError: .*step_4 was written by 1 processes and this run has 2: start 1"
+    refusal = "UserError: .*step_4 was written by 1 process and this run has 2: start 1"
     with pytest.raises(AssertionError, match=refusal):
         runs.go(runs.config(tmp_path / "run"), world=2)
 
