@@ -153,7 +153,7 @@ class RLConfig:
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
     outcome: str = "exact_match"  # exact_match | math_verify: what an answer must be
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
-    length_penalty: float = 0.0  # reward lost by an answer that fills max_new_tokens
+    length_penalty: float = 0.0  # share of its reward that a right answer loses where it fills max_new_tokens
     tools: bool = False
     reward_timeout_s: float = 10.0
     reward_workers: int = 1

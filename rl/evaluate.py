@@ -20,7 +20,7 @@ from rl.groups import grade, judge
 from rl.loop import autocast_dtype
 from rl.messages import RolloutRequest
 from rl.prompts import sample_seed
-from rl.rewards import part_weights
+from rl.rewards import part_names
 from rl.rewards.pool import RewardPool
 from rl.rollout.native import NativeEngine
 from rl.summary import add_over_ranks, experience_metrics, experience_sums
@@ -96,7 +96,7 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     seconds = distributed.max_over_ranks(time.monotonic() - start)
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool:
         samples, failures = grade(samples, pool, rl)
-    sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_weights(rl)))
+    sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_names(rl)))
     row = experience_metrics(sums, seconds)
     del row["reward/zero_spread_frac"], row["reward/failed_groups"]  # one sample a problem: no groups
     return row | {"reward/accuracy": row[f"reward/{rl.outcome}"], "reward/num_problems": sums["graded"]}

@@ -7,14 +7,14 @@ reward 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from conf.schema import RLConfig
 from rl.advantage import group_advantages
 from rl.messages import Sample
-from rl.rewards import Attempt, part_weights
+from rl.rewards import Attempt, part_names, total_reward
 from rl.rewards.pool import RewardPool
 
 
@@ -36,7 +36,6 @@ class Experience:
 
 def grade(samples: Sequence[Sample], pool: RewardPool, rl: RLConfig) -> tuple[list[Sample], list[str]]:
     """-> (the samples with their rewards, the reasons of failed grades). A failed sample keeps reward None."""
-    weights = part_weights(rl)
     attempts = [
         Attempt(
             prompt=sample.request.prompt,
@@ -48,9 +47,11 @@ def grade(samples: Sequence[Sample], pool: RewardPool, rl: RLConfig) -> tuple[li
         )
         for sample in samples
     ]
-    grades = pool.grade(attempts, list(weights))
+    grades = pool.grade(attempts, part_names(rl))
     graded = [
-        sample if given.parts is None else sample.graded(given.parts, weights)
+        sample
+        if given.parts is None
+        else replace(sample, reward_parts=given.parts, reward=total_reward(given.parts, rl))
         for sample, given in zip(samples, grades, strict=True)
     ]
     return graded, [given.error or "no reason given" for given in grades if given.parts is None]

@@ -26,7 +26,7 @@ from rl.groups import Experience, grade, judge
 from rl.loss import LossSettings
 from rl.prompts import PromptStream
 from rl.reference import Reference
-from rl.rewards import part_weights
+from rl.rewards import part_names
 from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
@@ -112,7 +112,7 @@ def gather_experience(
     experience = judge(samples, failures, rl)
     for reason, count in Counter(failures).items():
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
-    sums = add_over_ranks(experience_sums(experience, part_weights(rl)))
+    sums = add_over_ranks(experience_sums(experience, part_names(rl)))
     state.tokens += int(sums["tokens"])
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))

@@ -8,7 +8,7 @@ routed experts) are None where the engine does not record them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,10 @@ class Sample:
     tokens: TokenColumns
     text: str  # what was sampled, without the end-of-sequence token
     finish_reason: str  # stop | length
-    reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, before weights
-    reward: float | None = None  # weighted sum of the parts; None: not graded, or a grader failed
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, in [0, 1]
+    reward: float | None = None  # made of the parts; None: not graded, or a grader failed
 
     @property
     def num_sampled(self) -> int:
         """Tokens the policy drew, end of sequence included: |o_i|."""
         return sum(self.tokens.loss_mask)
-
-    def graded(self, parts: Mapping[str, float], weights: Mapping[str, float]) -> Sample:
-        """The sample with its reward: the sum of weight x part."""
-        return replace(
-            self, reward_parts=dict(parts), reward=sum(weights[name] * value for name, value in parts.items())
-        )

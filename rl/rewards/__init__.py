@@ -1,13 +1,13 @@
 """Reward parts by name. A part is a pure function `(Attempt) -> float`; `rl/rewards/pool.py` runs it in a process
 that can be killed.
 
-Parts are raw numbers in [0, 1]; `part_weights` says what each adds to the reward. Only the standard library and
+Parts are raw numbers in [0, 1]; `total_reward` makes the reward of them. Only the standard library and
 math-verify are imported here, since every worker process starts with this import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rl.rewards.attempt import Attempt, extract_answer
@@ -19,7 +19,7 @@ from rl.rewards.math_equal import math_equal
 if TYPE_CHECKING:
     from conf.schema import RLConfig
 
-__all__ = ["REWARDS", "Attempt", "extract_answer", "part_weights"]
+__all__ = ["REWARDS", "Attempt", "extract_answer", "part_names", "total_reward"]
 
 REWARDS: dict[str, Callable[[Attempt], float]] = {
     "exact_match": exact_match,
@@ -29,6 +29,16 @@ REWARDS: dict[str, Callable[[Attempt], float]] = {
 }
 
 
-def part_weights(rl: RLConfig) -> dict[str, float]:
-    """What each part of this run's reward counts: outcome 1, format as configured, length as a loss."""
-    return {rl.outcome: 1.0, "format": rl.format_weight, "length": -rl.length_penalty}
+def part_names(rl: RLConfig) -> tuple[str, ...]:
+    """The parts that this run's reward is made of; the outcome comes first."""
+    return (rl.outcome, "format", "length")
+
+
+def total_reward(parts: Mapping[str, float], rl: RLConfig) -> float:
+    """outcome x (1 - length_penalty x share of the budget used) + format_weight x format.
+
+    A wrong answer has nothing to lose: a penalty on it pays for being wrong in fewer tokens, and a policy that seldom
+    succeeds then learns to say nothing.
+    """
+    outcome = parts[rl.outcome] * (1.0 - rl.length_penalty * parts["length"])
+    return outcome + rl.format_weight * parts["format"]

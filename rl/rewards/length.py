@@ -1,4 +1,4 @@
-"""The share of the token budget that was used: with a negative weight, a penalty linear in length.
+"""The share of the token budget that was used: what the length penalty is linear in.
 
 DeepSeek-V3.2 names a length penalty and gives no formula; linear over the budget is ours.
 """

@@ -6,7 +6,7 @@ import pytest
 
 from conf.schema import RLConfig
 from rl.groups import grade, judge
-from rl.rewards import part_weights
+from rl.rewards import part_names
 from rl.rewards.pool import Grade
 from rl.summary import experience_metrics, experience_sums
 from tests.rl.samples import make_sample
@@ -36,16 +36,16 @@ def test_failures_drop_their_group_and_never_count_as_zero():
     pool = FakePool([parts(1), parts(0), parts(1), broken, parts(1), parts(1)])
     graded, failures = grade(samples, pool, RL)  # type: ignore[arg-type]
     assert failures == ["no grade within 1 s"]
-    assert [s.reward for s in graded] == pytest.approx([0.95, -0.05, 0.95, None, 0.95, 0.95])
+    assert [s.reward for s in graded] == pytest.approx([0.95, 0.0, 0.95, None, 0.95, 0.95])
     found = judge(graded, failures, RL)
     assert [s.request.prompt_index for s in found.trained] == [0, 0, 2, 2]
-    assert found.advantages == pytest.approx([0.5, -0.5, 0.0, 0.0])
+    assert found.advantages == pytest.approx([0.475, -0.475, 0.0, 0.0])
     assert (found.failed_groups, found.zero_spread_groups) == (1, 1)
-    assert found.advantage_of(found.samples[0]) == pytest.approx(0.5)
+    assert found.advantage_of(found.samples[0]) == pytest.approx(0.475)
     assert found.advantage_of(found.samples[2]) is None
 
-    row = experience_metrics(experience_sums(found, part_weights(RL)), rollout_seconds=2.0)
-    assert row["reward/mean"] == pytest.approx((4 * 0.95 - 0.05) / 5)
+    row = experience_metrics(experience_sums(found, part_names(RL)), rollout_seconds=2.0)
+    assert row["reward/mean"] == pytest.approx(4 * 0.95 / 5)
     assert row["reward/exact_match"] == pytest.approx(4 / 5)
     assert row["reward/length"] == pytest.approx(0.5)
     assert row["reward/failed_grades"] == 1 and row["reward/failed_groups"] == 1
@@ -67,6 +67,6 @@ def test_where_no_grade_came_there_is_no_reward():
     broken = Grade(None, "KeyError: 'x'")
     samples = [make_sample([1], [2], [0.0], prompt_index=0, sample_index=s) for s in range(2)]
     found = judge(*grade(samples, FakePool([broken, broken]), RL), RL)  # type: ignore[arg-type]
-    row = experience_metrics(experience_sums(found, part_weights(RL)), rollout_seconds=1.0)
+    row = experience_metrics(experience_sums(found, part_names(RL)), rollout_seconds=1.0)
     assert math.isnan(row["reward/mean"]) and math.isnan(row["reward/exact_match"])
     assert row["reward/failed_grades"] == 2 and found.trained == []

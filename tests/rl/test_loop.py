@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import rl.evaluate
+import rl.groups
 import rl.loop
 from conf.schema import RLConfig, RunConfig
 from data.tokenizer import load_tokenizer
@@ -25,7 +26,7 @@ from train.checkpoint import newest
 from train.run import open_run
 
 Hook = Callable[[int], None]
-RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48, length_penalty=1.0, format_weight=0.5)
+RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
         net.lm_head.weight[tokenizer.convert_tokens_to_ids("</think>")] *= 8
     save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
     return str(folder / "hf")
+
+
+@pytest.fixture(autouse=True)
+def shorter_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model is never right, so nothing would train it; processes are forked and see this reward."""
+    monkeypatch.setattr(rl.groups, "total_reward", lambda parts, rl: 1.0 - parts["length"])
 
 
 def config(folder: Path, base: str, stage: str = "grpo", rl: RLConfig = RL, **changes: Any) -> RunConfig:
@@ -129,8 +136,7 @@ def test_one_rank_and_two_take_the_same_first_iteration(base: str, tmp_path: Pat
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-def test_rewards_rise(base: str, tmp_path: Path):
-    """Shorter answers are worth more here, and the policy finds out."""
+def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):
     run = config(tmp_path / "run", base, rl=replace(RL, group_size=8), steps=15, save_every=100)
     run = replace(run, optim=replace(run.optim, lr=1e-2))
     assert go(run) == ["finished"]

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import RLConfig
-from rl.rewards import REWARDS, Attempt, extract_answer, part_weights
+from rl.rewards import REWARDS, Attempt, extract_answer, part_names, total_reward
 from rl.rewards.pool import RewardPool
-from tests.rl.samples import make_sample
 
 GRADERS = "tests.rl.graders:REWARDS"
 
@@ -54,10 +53,12 @@ def test_an_unreadable_reference_is_no_reward_zero():
         REWARDS["math_verify"](attempt("</think>85", answer="no number"))
 
 
-def test_weights_make_the_reward():
-    weights = part_weights(RLConfig(length_penalty=0.2, format_weight=0.5, outcome="math_verify"))
-    sample = make_sample([1], [2], [0.0]).graded({"math_verify": 1.0, "format": 1.0, "length": 0.25}, weights)
-    assert sample.reward == pytest.approx(1.0 + 0.5 - 0.05)
+def test_the_reward_of_parts():
+    rl = RLConfig(length_penalty=0.2, format_weight=0.5, outcome="math_verify")
+    assert total_reward({"math_verify": 1.0, "format": 1.0, "length": 0.25}, rl) == pytest.approx(0.95 + 0.5)
+    for length in (0.1, 1.0):  # a wrong answer gains nothing by being short
+        assert total_reward({"math_verify": 0.0, "format": 1.0, "length": length}, rl) == 0.5
+    assert part_names(rl) == ("math_verify", "format", "length")
 
 
 def test_grades_come_back_in_order():
