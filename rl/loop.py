@@ -50,13 +50,14 @@ def run(context: RunContext) -> None:
     stream = open_prompts(context)
     net = context.build_net()
     freeze(net, context)
-    reference = Reference(net, context.folder) if rl.beta > 0 else None
+    autocast = autocast_dtype(config.precision.name)
+    reference = Reference(net, context.folder, autocast) if rl.beta > 0 else None
     engine = Engine(net, build_optimizer(net, config.optim), config.optim, config.parallel, config.precision.name)
     state = context.restore(engine)
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
-    policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast_dtype(config.precision.name))
+    policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast)
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:

@@ -21,9 +21,10 @@ from train import distributed
 class Reference:
     """`step` is the iteration whose weights it holds; 0 the start of the run."""
 
-    def __init__(self, net: Transformer, run: Path) -> None:
-        """`net` holds the weights that the run starts from; they are copied."""
-        self.folder, self.step = run / "reference", 0
+    def __init__(self, net: Transformer, run: Path, autocast: torch.dtype | None = None) -> None:
+        """`net` holds the weights that the run starts from; they are copied. `autocast`: as the policy's forward has
+        it."""
+        self.folder, self.step, self.autocast = run / "reference", 0, autocast
         self.net = copy.deepcopy(net).requires_grad_(False)
 
     def restore(self, step: int) -> None:
@@ -38,9 +39,11 @@ class Reference:
         return self.folder / f"step_{step}.safetensors"
 
     @torch.no_grad()
-    def logprobs(self, inputs: dict[str, Tensor]) -> Tensor:
+    def logprobs(self, inputs: dict[str, Tensor], attention: str) -> Tensor:
         """log pi_ref of a row's labels [T]."""
-        found = self.net(**inputs, attention="sparse").token_logprobs
+        device = inputs["input_ids"].device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            found = self.net(**inputs, attention=attention).token_logprobs
         assert found is not None
         return found
 

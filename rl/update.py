@@ -83,6 +83,6 @@ def _row_loss(
         advantages=row.advantages.to(device),
         sequence=row.sequence.to(device),
         num_sequences=row.num_sequences,
-        reference=None if reference is None else reference.logprobs(inputs),
+        reference=None if reference is None else reference.logprobs(inputs, attention),
     )
     return grpo_loss(tokens, settings, total)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import rl.evaluate
 import rl.groups
 import rl.loop
-from conf.schema import RLConfig, RunConfig
+from conf.schema import PrecisionConfig, RLConfig, RunConfig
 from data.tokenizer import load_tokenizer
 from model import save_pretrained
 from tests.distributed.helper import run_ranks
@@ -142,6 +142,16 @@ def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):
     assert go(run) == ["finished"]
     found = [row["reward/mean"] for row in rows(tmp_path / "run")]
     assert sum(found[-3:]) / 3 > sum(found[:3]) / 3 + 0.1, found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reference_is_the_policy_at_first(precision: str, base: str, tmp_path: Path):
+    """To the bit, since both run the same forward on the same rows; then the policy moves away."""
+    run = config(tmp_path / "run", base, rl=replace(RL, beta=0.1), steps=3)
+    assert go(replace(run, precision=PrecisionConfig(precision))) == ["finished"]
+    first, _, third = (row["policy/kl_ref"] for row in rows(tmp_path / "run"))
+    assert first == 0 and third > 0
+    assert rows(tmp_path / "run")[0]["mismatch/k3"] < (1e-10 if precision == "fp32" else 1e-3)
 
 
 def test_sigterm_saves_and_the_run_goes_on(base: str, tmp_path: Path):
