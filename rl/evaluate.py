@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from itertools import islice
 
+from conf.errors import UserError
 from data.chat import encode_prompt
 from data.prompts import prompts
 from data.stream import TokenStream
@@ -72,25 +72,11 @@ def open_heldout(context: RunContext) -> TokenStream:
 
 def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     """Share of held-out problems that one sample at temperature 1 answers right, and the rollout's figures."""
-    config, tokenizer = context.config, context.tokenizer()
-    rl, data, seed = config.rl, config.data, config.train.seed
-    share, bad = data.heldout, data.max_bad_rows
-    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad)
-    requests = [
-        RolloutRequest(
-            prompt_index=index,
-            sample_index=0,
-            domain=prompt.domain,
-            prompt=prompt.prompt,
-            answer=prompt.answer,
-            prompt_ids=tuple(encode_prompt(prompt.prompt, tokenizer)),
-            seed=sample_seed(seed, EVALUATION, index, 0),
-        )
-        for index, prompt in enumerate(islice(source, rl.eval_prompts))
-    ]
-    engine = NativeEngine(
-        net, tokenizer, rl, context.stage.attention, autocast_dtype(config.precision.name), temperature=1.0, top_p=1.0
-    )
+    config, rl = context.config, context.config.rl
+    requests, too_long = heldout_requests(context)
+    autocast = autocast_dtype(config.precision.name)
+    engine = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast, temperature=1.0, top_p=1.0)
+    context.say(f"answering {len(requests)} held-out problems")
     start = time.monotonic()
     samples = engine.generate(requests[distributed.rank() :: distributed.world_size()])
     seconds = distributed.max_over_ranks(time.monotonic() - start)
@@ -99,4 +85,29 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_names(rl)))
     row = experience_metrics(sums, seconds)
     del row["reward/zero_spread_frac"], row["reward/failed_groups"]  # one sample a problem: no groups
-    return row | {"reward/accuracy": row[f"reward/{rl.outcome}"], "reward/num_problems": sums["graded"]}
+    row |= {"reward/accuracy": row[f"reward/{rl.outcome}"], "reward/num_problems": sums["graded"]}
+    return row | {"rollout/prompts_too_long": too_long}
+
+
+def heldout_requests(context: RunContext) -> tuple[list[RolloutRequest], int]:
+    """One request a held-out problem, up to `rl.eval_prompts`, and how many prompts were too long for the model."""
+    config, tokenizer = context.config, context.tokenizer()
+    rl, data, seed = config.rl, config.data, config.train.seed
+    share, bad = data.heldout, data.max_bad_rows
+    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad)
+    longest = config.model.max_position_embeddings - rl.max_new_tokens
+    found: list[RolloutRequest] = []
+    too_long = 0
+    for prompt in source:
+        ids = tuple(encode_prompt(prompt.prompt, tokenizer))
+        if len(ids) > longest:
+            too_long += 1
+            continue
+        index = len(found)
+        draw = sample_seed(seed, EVALUATION, index, 0)
+        found.append(RolloutRequest(index, 0, prompt.domain, prompt.prompt, prompt.answer, ids, draw))
+        if len(found) == rl.eval_prompts:
+            break
+    if not found:
+        raise UserError(f"every held-out prompt is longer than {longest} tokens: give shorter ones in rl.path")
+    return found, too_long
