@@ -16,7 +16,7 @@ def moe() -> MoE:
 
 def route_token(layer: MoE, x: torch.Tensor) -> dict[int, float]:
     """Expert -> gate of one token, eq. 12-16 with the group limit: the best group by its two largest biased scores."""
-    scores = [float(torch.sigmoid(x @ w)) for w in layer.gate.weight]
+    scores = [float(torch.sigmoid(x @ w)) for w in layer.gate.weight.detach()]
     biased = [s + float(b) for s, b in zip(scores, layer.gate.e_score_correction_bias, strict=True)]
     size = len(scores) // CONFIG.n_group
     groups = [list(range(g * size, (g + 1) * size)) for g in range(CONFIG.n_group)]
@@ -74,11 +74,11 @@ def test_balance_loss_is_the_token_weighted_mean_of_each_documents_sum_f_p() -> 
             for e in routing.experts[t].tolist():
                 f[e] += 4 / (CONFIG.num_experts_per_tok * n)
             for e in range(4):
-                p[e] += float(routing.scores[t, e] / routing.scores[t].sum()) / n
+                p[e] += float((routing.scores[t, e] / routing.scores[t].sum()).detach()) / n
         expected += n * sum(a * b for a, b in zip(f, p, strict=True))
         start += n
     torch.testing.assert_close(
-        float(balance_loss(routing, doc_start, real)), expected / sum(lengths), rtol=1e-6, atol=0
+        float(balance_loss(routing, doc_start, real).detach()), expected / sum(lengths), rtol=1e-6, atol=0
     )
 
 
