@@ -51,7 +51,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "model.rope.factor": "[1, inf)",
     "model.rope.beta_fast": "(0, inf)",
     "model.rope.beta_slow": "(0, inf)",
-    "data.heldout": "(0, 1)",
+    "data.heldout": "[0, 1)",
     "data.synthetic_share": "[0, 1)",
     "data.worked_share": "[0, 1]",
     "train.balance_weight": "[0, inf)",
@@ -223,17 +223,22 @@ def world_divides(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"{key}={degree} does not divide the world of {world_size} processes: start a multiple of {degree}"
 
 
+def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.stage == "evaluate" and config.data.heldout == 0:
+        yield "data.heldout=0 leaves evaluate nothing to measure on: give the share that training left out"
+
+
 def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     rl = config.rl
+    longest = config.model.max_position_embeddings
+    if config.stage in ("grpo", "evaluate") and rl.max_new_tokens >= longest:
+        yield f"rl.max_new_tokens={rl.max_new_tokens} is past model.max_position_embeddings={longest}: give less"
+    if config.stage != "grpo":
+        return
     if rl.group_size == 1:
         yield "rl.group_size=1 has no advantage, which is the reward less its group's mean: give 2 or more"
     if rl.max_new_tokens >= rl.pack_len:
         yield f"rl.max_new_tokens={rl.max_new_tokens} leaves rl.pack_len={rl.pack_len} no prompt room: raise it"
-    longest = config.model.max_position_embeddings
-    if rl.max_new_tokens >= longest:
-        yield f"rl.max_new_tokens={rl.max_new_tokens} is past model.max_position_embeddings={longest}: give less"
-    if config.stage != "grpo":
-        return
     if rl.prompts_per_step % world_size:
         fix = -(-rl.prompts_per_step // world_size) * world_size
         yield (
@@ -259,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     expert_groups,
     layers_fit,
     world_divides,
+    heldout_to_measure,
     rl_batch,
 )
 

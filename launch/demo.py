@@ -97,7 +97,7 @@ def run(name: str, arguments: str, ranks: int) -> None:
     start = time.monotonic()
     command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
     threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would set 1 and say so at length
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": ""}  # CPU, as promised
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if status != 0:
         print(f"demo: stage {name} ended with status {status}; the command above repeats it", file=sys.stderr)

@@ -38,7 +38,7 @@ def run(argv: list[str]) -> None:
         if context is None:
             if distributed.rank() == 0:
                 (Path(loaded.config.output_dir) / "error.txt").unlink(missing_ok=True)
-                print(f"{loaded.config.output_dir} has finished its {loaded.config.train.steps} steps: nothing to do")
+                print(f"{loaded.config.output_dir} has finished: nothing to do (another output_dir starts anew)")
             return
         with context:
             if context.stage.runner == "train":
@@ -75,14 +75,17 @@ def report(argv: list[str], rank: int, line: str, details: str) -> None:
 
 def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if rank == 0 else logging.CRITICAL)
+    # notes go to stdout, so that a user's mistake is the only line on stderr
+    level = logging.WARNING if rank == 0 else logging.CRITICAL
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=level)
     try:
         run(argv)
     except UserError as error:
-        if rank == 0:
+        if rank != 0:
+            time.sleep(GRACE_S)  # a mistake that all ranks see is rank 0's to tell
+        folder = output_dir(argv)
+        if rank == 0 or (folder is not None and not (folder / "error.txt").exists()):
             report(argv, rank, str(error), str(error))
-        else:
-            time.sleep(GRACE_S)
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130

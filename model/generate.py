@@ -104,14 +104,15 @@ class Decoder:
         Shorter prompts are padded on the right: the rows that padding writes lie past every query that runs before
         decoding overwrites them.
         """
-        lengths = torch.tensor([len(p) for p in prompts])
+        device = self.net.embed_tokens.weight.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
         longest = int(lengths.max())
-        ids = torch.tensor([[*p, *([0] * (longest - len(p)))] for p in prompts])
+        ids = torch.tensor([[*p, *([0] * (longest - len(p)))] for p in prompts], device=device)
         last: Tensor | None = None
         for start in range(0, longest, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, longest)
-            hidden = self.hidden(ids[:, start:stop], torch.arange(start, stop).expand(len(prompts), -1))
-            picked = hidden[torch.arange(len(prompts)), (lengths - 1 - start).clamp(0, stop - start - 1)]
+            hidden = self.hidden(ids[:, start:stop], torch.arange(start, stop, device=device).expand(len(prompts), -1))
+            picked = hidden[torch.arange(len(prompts), device=device), (lengths - 1 - start).clamp(0, stop - start - 1)]
             inside = ((lengths > start) & (lengths <= stop)).unsqueeze(1)
             last = picked if last is None else torch.where(inside, picked, last)
         assert last is not None
@@ -189,19 +190,21 @@ class _Batch:
         self, net: Transformer, prompts: list[Sequence[int]], seeds: list[int], max_new_tokens: int, attention: str
     ) -> None:
         self.net, self.max_new_tokens = net, max_new_tokens
-        self.lengths = torch.tensor([len(p) for p in prompts])
+        self.device = net.embed_tokens.weight.device
+        self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         self.decoder = Decoder(net, len(prompts), int(self.lengths.max()) + max_new_tokens, attention)
         self.last = self.decoder.prefill(prompts)
         draws = [
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds
         ]
-        self.uniform = torch.stack(draws)
+        self.uniform = torch.stack(draws).to(self.device)
 
     def run(self, temperature: float, top_p: float, eos_id: int) -> list[Generation]:
         batch = len(self.lengths)
-        ids = torch.full((batch, self.max_new_tokens), -1)
-        logps = torch.zeros(batch, self.max_new_tokens)
-        live, running, positions = torch.arange(batch), torch.ones(batch, dtype=torch.bool), self.lengths
+        ids = torch.full((batch, self.max_new_tokens), -1, device=self.device)
+        logps = torch.zeros(batch, self.max_new_tokens, device=self.device)
+        live, positions = torch.arange(batch, device=self.device), self.lengths
+        running = torch.ones(batch, dtype=torch.bool, device=self.device)
         for step in range(self.max_new_tokens):
             token, logp = sample(self.net.lm_head(self.last), self.uniform[live, step], temperature, top_p)
             ids[live[running], step], logps[live[running], step] = token[running], logp[running].float()

@@ -15,6 +15,7 @@ from conf.errors import UserError
 from data.chat import encode_prompt
 from data.prompts import prompts
 from data.stream import TokenStream
+from data.tokenizer import chat_ids
 from model import Transformer
 from rl.groups import grade, judge
 from rl.loop import autocast_dtype
@@ -36,7 +37,13 @@ EVALUATION = -1  # the "iteration" of the seeds here: no training sample shares 
 def run(context: RunContext) -> None:
     """Measures `init_from` and writes metrics.jsonl and evaluation.json."""
     net = context.build_net().requires_grad_(False)
-    row = held_out_losses(context, net) | accuracy(context, net)
+    row = held_out_losses(context, net)
+    try:
+        chat_ids(context.tokenizer())
+    except UserError as error:
+        context.say(f"no accuracy is measured: {error}")
+    else:
+        row |= accuracy(context, net)
     context.log(0, row)
     row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
     if context.is_main:

@@ -43,6 +43,7 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "resume",
     "output_dir",
 )
+FINISHED = ("hf/config.json", "evaluation.json")  # what a finished run leaves, written whole
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
@@ -232,18 +233,19 @@ def open_run(config: RunConfig, overrides: frozenset[str]) -> RunContext | None:
     stored = load_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     if stored is not None and stored.stage != config.stage:
         raise UserError(f"{folder} holds a run of stage {stored.stage}: give another output_dir")
-    resumed, exported = checkpoint.newest(folder), (folder / "hf" / "config.json").is_file()
+    resumed = checkpoint.newest(folder)
+    exported = any((folder / mark).is_file() for mark in FINISHED)
     begun = stored is not None and (resumed is not None or exported)
     config = resolve(config, overrides, stored if begun else None)
     check(config, distributed.world_size())
     if begun:
         assert stored is not None
         _refuse_other_run(stored, config, folder)
-        if resumed is not None:
-            checkpoint.refuse_other_world(resumed)
         done = checkpoint.read_state(resumed).step if resumed is not None else stored.train.steps
         if exported and done >= config.train.steps and stored.train.steps <= config.train.steps:
             return None
+        if resumed is not None:
+            checkpoint.refuse_other_world(resumed)
     context = RunContext(config, resumed)
     for line in warnings(config):
         context.say(f"note: {line}")

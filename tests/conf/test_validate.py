@@ -28,8 +28,8 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("train.steps=0", "train.steps=0 is too small: give 1 or more"),
         ("model.hidden_size=-8", "model.hidden_size=-8 is too small: give 1 or more"),
         ("train.seed=-1", "train.seed=-1 is too small: give 0 or more"),
-        ("data.heldout=1.0", "data.heldout=1 is outside (0, 1): give a value inside"),
-        ("data.heldout=0", "data.heldout=0 is outside (0, 1): give a value inside"),
+        ("data.heldout=1.0", "data.heldout=1 is outside [0, 1): give a value inside"),
+        ("data.heldout=-0.1", "data.heldout=-0.1 is outside [0, 1): give a value inside"),
         ("data.synthetic_share=1.5", "data.synthetic_share=1.5 is outside [0, 1): give a value inside"),
         ("optim.lr=0", "optim.lr=0 is outside (0, inf): give a value inside"),
         ("optim.clip=-1", "optim.clip=-1 is outside [0, inf): give a value inside"),
@@ -226,3 +226,16 @@ def test_no_rule_stumbles_over_zeros() -> None:
     zeros = [f"{key}=0" for key, hint in leaf_types().items() if hint is int]
     config = load(["+stage=grpo", *zeros]).config
     assert len([message for rule in RULES for message in rule(config, 2)]) >= len(zeros) - len(MAY_BE_ZERO)
+
+
+def test_nothing_held_out_is_fine_for_training_and_refused_for_measuring() -> None:
+    assert violations(load(["+stage=pretrain", "data.heldout=0"]).config) == []
+    (found,) = violations(load(["+stage=evaluate", "data.heldout=0"]).config)
+    assert found.startswith("data.heldout=0 leaves evaluate nothing to measure on")
+
+
+def test_rl_settings_do_not_bind_other_stages() -> None:
+    """A model with few positions trains; only what generates needs room for an answer."""
+    short = ["model.max_position_embeddings=64", "data.seq_len=48"]
+    assert violations(load(["+stage=dense_warmup", *short]).config) == []
+    assert any("rl.max_new_tokens=64 is past" in line for line in violations(load(["+stage=grpo", *short]).config))

@@ -102,4 +102,4 @@ def test_other_ranks_are_silent(
     assert stage.main([f"output_dir={tmp_path}", "+stage=sft"]) == status
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "error.txt").exists()
-    assert (tmp_path / "error_rank_1.txt").exists() == (status == 1)
+    assert (tmp_path / "error_rank_1.txt").exists()
