@@ -8,7 +8,7 @@ Log-probabilities are those of the distribution that was sampled from: after tem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,8 +157,10 @@ def generate(
     eos_id: int,
     seeds: Sequence[int],
     attention: str = "sparse",
+    done: Callable[[int], object] = lambda finished: None,
 ) -> list[Generation]:
-    """Samples one continuation a prompt; `seeds[i]` alone decides the randomness of sample i.
+    """Samples one continuation a prompt; `seeds[i]` alone decides the randomness of sample i. `done` hears, as decoding
+    goes on, how many samples have finished since it was last called.
 
     Raises ValueError for an empty prompt, and where a prompt and its answer would not fit max_position_embeddings.
     """
@@ -178,7 +180,7 @@ def generate(
     for start in range(0, len(order), MAX_BATCH):
         part = order[start : start + MAX_BATCH]
         batch = _Batch(net, [prompts[i] for i in part], [seeds[i] for i in part], max_new_tokens, attention)
-        for i, generation in zip(part, batch.run(temperature, top_p, eos_id), strict=True):
+        for i, generation in zip(part, batch.run(temperature, top_p, eos_id, done), strict=True):
             results[i] = generation
     return [g for g in results if g is not None]
 
@@ -199,7 +201,7 @@ class _Batch:
         ]
         self.uniform = torch.stack(draws).to(self.device)
 
-    def run(self, temperature: float, top_p: float, eos_id: int) -> list[Generation]:
+    def run(self, temperature: float, top_p: float, eos_id: int, done: Callable[[int], object]) -> list[Generation]:
         batch = len(self.lengths)
         ids = torch.full((batch, self.max_new_tokens), -1, device=self.device)
         logps = torch.zeros(batch, self.max_new_tokens, device=self.device)
@@ -208,10 +210,14 @@ class _Batch:
         for step in range(self.max_new_tokens):
             token, logp = sample(self.net.lm_head(self.last), self.uniform[live, step], temperature, top_p)
             ids[live[running], step], logps[live[running], step] = token[running], logp[running].float()
-            running = running & (token != eos_id)
-            if not bool(running.any()) or step + 1 == self.max_new_tokens:
+            stopped = running & (token == eos_id)
+            running = running & ~stopped
+            remaining = int(running.sum())
+            if remaining == 0 or step + 1 == self.max_new_tokens:
+                done(int(stopped.sum()) + remaining)
                 break
-            if int(running.sum()) * 2 <= len(live):
+            done(int(stopped.sum()))
+            if remaining * 2 <= len(live):
                 rows = running.nonzero().squeeze(1)
                 self.decoder.keep(rows)
                 live, token, positions, running = live[rows], token[rows], positions[rows], running[rows]

@@ -83,9 +83,10 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     requests, too_long = heldout_requests(context)
     autocast = autocast_dtype(config.precision.name)
     engine = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast, temperature=1.0, top_p=1.0)
-    context.say(f"answering {len(requests)} held-out problems")
+    mine = requests[distributed.rank() :: distributed.world_size()]
     start = time.monotonic()
-    samples = engine.generate(requests[distributed.rank() :: distributed.world_size()])
+    with Progress(len(mine), "held-out problems", context.is_main, unit="answer") as progress:
+        samples = engine.generate(mine, progress.update)
     seconds = distributed.max_over_ranks(time.monotonic() - start)
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool:
         samples, failures = grade(samples, pool, rl)

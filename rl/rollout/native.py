@@ -6,7 +6,7 @@ from it by rounding alone, which `mismatch/k3` measures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,10 @@ class NativeEngine:
         self.top_p = rl.top_p if top_p is None else top_p
         self.weight_version = 0
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Sample]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], done: Callable[[int], object] = lambda finished: None
+    ) -> list[Sample]:
+        """See `RolloutEngine`; `done` hears how many samples have finished since its last call."""
         if not requests:
             return []
         device = self.net.embed_tokens.weight.device.type
@@ -51,6 +54,7 @@ class NativeEngine:
                 eos_id=self.tokenizer.eos_token_id,
                 seeds=[request.seed for request in requests],
                 attention=self.attention,
+                done=done,
             )
         return [self._sample(request, generation) for request, generation in zip(requests, drawn, strict=True)]
 

@@ -82,3 +82,13 @@ def test_refuses_an_empty_prompt_and_one_past_the_window() -> None:
         run(net, [[1], []], [0, 1])
     with pytest.raises(ValueError, match=f"exceeds max_position_embeddings={CONFIG.max_position_embeddings}"):
         run(net, [[1] * CONFIG.max_position_embeddings], [0])
+
+
+def test_finished_samples_are_told_as_they_finish_each_once() -> None:
+    net, heard = tiny_net(), []
+    eos = run(net, temperature=0, eos_id=-1)[0].ids[5]
+    made = generate(
+        net, PROMPTS, 24, temperature=0, top_p=1.0, eos_id=eos, seeds=[0, 1, 2, 3], done=lambda n: heard.append(n)
+    )
+    assert sum(heard) == len(PROMPTS) and len(heard) == max(len(g.ids) for g in made)
+    assert sum(heard[:6]) == sum(len(g.ids) <= 6 for g in made) >= 1
