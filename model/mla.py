@@ -62,6 +62,14 @@ class Projected(NamedTuple):
     q_latent: Tensor
 
 
+class Indexed(NamedTuple):
+    """The indexer's q [T, Hi, di], k [T, di] and scaled head weights w [T, Hi], all fp32."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+
+
 class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,7 +146,7 @@ class MLA(nn.Module):
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
             return index_kl_dense(q.detach(), k.detach(), self.scale, q_i, k_i, w, doc_start, topk)
 
-        return out, self.local_loss(loss, x, p.q_latent, cos, sin)
+        return out, self.local_loss(loss, self.index(x, p, cos, sin, graph=True))
 
     def _sparse(
         self,
@@ -150,9 +158,8 @@ class MLA(nn.Module):
         indexer_loss: str | None,
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
-        with torch.no_grad():
-            q_index, k_index, w_index = self.indexer(x, p.q_latent, cos, sin)
-            idx = index_topk(q_index, k_index, w_index, doc_start, self.topk)
+        index = self.index(x, p, cos, sin, graph=indexer_loss is not None)
+        idx = index_topk(index.q, index.k, index.w, doc_start, self.topk)
         q, kv = self.absorb(p)
         latent_out, lse = sparse_mla(q, kv, idx, self.scale, self.kv_lora_rank)
         out = self.output(latent_out.to(x.dtype))
@@ -163,15 +170,19 @@ class MLA(nn.Module):
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
             return index_kl_selected(q.detach(), kv.detach(), lse, idx, self.scale, q_i, k_i, w, stats)
 
-        return out, self.local_loss(loss, x, p.q_latent, cos, sin)
+        return out, self.local_loss(loss, index)
 
-    def local_loss(
-        self, loss: Callable[[Tensor, Tensor, Tensor], IndexKL], x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor
-    ) -> IndexKL:
-        """The indexer's loss on detached inputs, its parameter gradients made at once and its graph dropped."""
+    def index(self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, graph: bool) -> Indexed:
+        """The indexer on detached inputs; `graph` keeps the way to its parameters, for `local_loss`."""
+        trains = any(parameter.requires_grad for parameter in self.indexer.parameters())
+        with torch.set_grad_enabled(graph and trains):
+            return Indexed(*self.indexer(x.detach(), p.q_latent.detach(), cos, sin))
+
+    def local_loss(self, loss: Callable[[Tensor, Tensor, Tensor], IndexKL], index: Indexed) -> IndexKL:
+        """The indexer's loss, its parameter gradients made at once and its graph dropped."""
         parameters = [p for p in self.indexer.parameters() if p.requires_grad]
         with torch.set_grad_enabled(bool(parameters)):
-            found = loss(*self.indexer(x.detach(), q_latent.detach(), cos, sin))
+            found = loss(*index)
             if not parameters or not found.kl_sum.requires_grad:
                 return found
             gradients = torch.autograd.grad(found.kl_sum, parameters)
