@@ -9,6 +9,7 @@ among the text's, so text keeps its full context; each holds as many whole probl
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,6 @@ class TokenStream:
             yield Piece(ids, targets, len(ids))
 
     def _worked(self, start: int) -> Iterator[Document]:
-        from dataclasses import replace
-
         return documents(replace(self.cfg, source="synthetic"), self.split, self.seed, start=start)
 
     def _epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
