@@ -104,8 +104,6 @@ def test_reading_takes_the_last_of_a_repeated_step_and_counts_what_it_cannot_rea
 def records(folder: Path) -> list[dict]:
     """Every record of every W&B run below, by W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect"]
-    if subprocess.run([*command, "--help"], capture_output=True).returncode != 0:
-        pytest.skip("this wandb has no `leet inspect`, the only public reader of its files")
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         out = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, check=True).stdout
