@@ -2,7 +2,8 @@
 
 import sys
 
-import bench.memory  # noqa: F401  (registers itself)
+import bench.length  # noqa: F401  (each registers itself)
+import bench.memory  # noqa: F401
 from bench.registry import BENCHMARKS, run
 
 if __name__ == "__main__":

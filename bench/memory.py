@@ -40,12 +40,17 @@ def tiny() -> ModelConfig:
     return load(["+stage=pretrain", "model=tiny"]).config.model
 
 
-def step(stage: str, length: int) -> dict[str, Any]:
-    """One step (forward, backward, AdamW) of the tiny model on one document of `length` tokens."""
+def step(stage: str, length: int, model: ModelConfig, stats: bool = True) -> dict[str, Any]:
+    """One step (forward, backward, AdamW) of `model` on one document of `length` tokens, in one thread; `stats`: with
+    the health metrics of a logged step, which cost two more selections in warm-up."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = Transformer(tiny())
+    net = Transformer(model)
     net.init_weights(0)
+    net.init_indexer(0)
+    for number, layer in enumerate(net.layers, start=1):
+        say = f"{stage} T={length}: layer {number} of {len(net.layers)} is through after {{:.0f}} CPU s"
+        layer.register_forward_hook(lambda *_, say=say: print(say.format(time.process_time()), file=sys.stderr))
     if stage == "dense_warmup":
         net.requires_grad_(False)
         for _, p in net.indexer_parameters():
@@ -60,15 +65,23 @@ def step(stage: str, length: int) -> dict[str, Any]:
         ids[2:],
         torch.arange(length),
         torch.zeros(length, dtype=torch.int64),
-        **STAGES[stage],
+        **{**STAGES[stage], "stats": stats},
     )
     loss = out.indexer_kl.sum() / length
     if out.token_logprobs is not None:
-        loss = loss - (out.token_logprobs.sum() + 0.1 * out.mtp_logprobs.sum()) / length
+        loss = loss - out.token_logprobs.sum() / length
+    if out.mtp_logprobs is not None:
+        loss = loss - 0.1 * out.mtp_logprobs.sum() / length
     loss.backward()
     optimizer.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"stage": stage, "T": length, "peak_bytes": peak, "cpu_seconds": round(time.process_time() - start, 2)}
+
+
+def apart(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m module arguments` prints: one measurement in a process of its own, its progress on stderr."""
+    command = [sys.executable, "-m", module, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 @benchmark
@@ -79,8 +92,7 @@ def memory() -> dict[str, Any]:
         extras: list[int] = []
         shortest: int | None = None
         for length in LENGTHS:
-            command = [sys.executable, "-m", "bench.memory", stage, str(length)]
-            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row = apart("bench.memory", stage, str(length))
             shortest = row["peak_bytes"] if shortest is None else shortest
             extras.append(row["peak_bytes"] - shortest)
             row["extra_bytes"] = extras[-1]
@@ -102,4 +114,4 @@ def memory() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(step(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(step(sys.argv[1], int(sys.argv[2]), tiny())))

@@ -129,6 +129,13 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class OpsConfig:
+    workspace_mib: int = 256  # what one attention op may hold beside its inputs, outputs and gradients
+    deterministic: bool = False  # Triton: backward adds in a fixed order instead of with atomics (torch always does)
+    fp8_index: bool = False  # select with scores in FP8 (Hadamard, e4m3, power-of-two scales), as V3.2 infers
+
+
+@dataclass(frozen=True)
 class TrackerConfig:
     name: str = "wandb"  # wandb (offline where no WANDB_API_KEY is set) | none
     project: str = "winnow"
@@ -167,12 +174,13 @@ class RunConfig:
     output_dir: str
     init_from: str | None = None
     resume: str = "auto"  # auto | never (a folder that holds a run is then refused)
-    kernels: str = "auto"  # auto | torch | triton | cudnn
+    kernels: str = "auto"  # of the attention ops: torch | triton | cudnn; auto: torch
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     rl: RLConfig = field(default_factory=RLConfig)

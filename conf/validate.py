@@ -250,6 +250,15 @@ def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.mini_batches={rl.mini_batches} is more than a process has samples, {samples}: give {samples} or less"
 
 
+def index_fits_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
+    width = config.model.index_head_dim
+    if config.ops.fp8_index and (width > 128 or width & (width - 1)):
+        yield (
+            f"ops.fp8_index=true cannot take model.index_head_dim={width}: one scale covers at most 128 channels and"
+            " the Hadamard transform needs a power of two; give such a width or ops.fp8_index=false"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     known_names,
     numbers_in_range,
@@ -261,6 +270,7 @@ RULES: tuple[Rule, ...] = (
     tokenizer_fits,
     sequence_fits,
     heads_and_rope,
+    index_fits_fp8,
     expert_groups,
     layers_fit,
     world_divides,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path, dtype: str | None)
 
     config = load_yaml(run / "config.yaml")
     with distributed.process_group():
-        net = RunContext(config, None).build_net()
+        # no attention runs here: a run with kernels=triton is exported on any machine
+        net = RunContext(replace(config, kernels="torch"), None).build_net()
     # DeepSpeed, ZeRO 0 to 2: rank 0 keeps the whole module; its parameters lie under `net.` (train/engine.py)
     file = checkpoint / "state" / "mp_rank_00_model_states.pt"
     module = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["module"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.mla import MLA
 from model.moe import MoE
-from model.ops.common import mask_to_indices, no_autocast, topk_mask
+from model.ops.common import no_autocast, topk_indices, topk_mask
 from model.rope import rope_table
 from model.transformer import Layer, Transformer
 
@@ -59,11 +59,13 @@ def _attend(
             products = torch.matmul(q_index.flatten(1, 2), index_rows.transpose(1, 2)).relu_()
             products = products.view(*q_index.shape[:3], length)
             scores = torch.matmul(w.unsqueeze(-2), products).squeeze(-2)
-            mask = topk_mask(scores.flatten(0, 1), mask.flatten(0, 1), mla.topk).view_as(mask)
+            scores = scores.masked_fill_(~mask, -torch.inf).flatten(0, 1)
             if x.shape[1] == 1:  # a decode step reads the selected rows alone
-                chosen = mask_to_indices(mask.squeeze(1), mla.topk)
+                chosen = topk_indices(scores, mla.topk).long()
                 mask = (chosen >= 0).unsqueeze(1)
                 rows = rows.gather(1, chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            else:
+                mask = topk_mask(scores, mla.topk).view_as(mask)
         logits = torch.matmul(q.float().flatten(1, 2), rows.float().transpose(1, 2)).view(*q.shape[:3], -1) * mla.scale
         weights = logits.masked_fill(~mask.unsqueeze(2), -torch.inf).softmax(-1)
         out = torch.matmul(weights.flatten(1, 2), rows[..., : mla.kv_lora_rank].float()).view(*q.shape[:3], -1)

@@ -25,6 +25,7 @@ from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
 from model.ops.index_topk import index_topk
 from model.ops.mla_dense import mla_dense
+from model.ops.settings import DEFAULT
 from model.ops.sparse_mla import sparse_mla
 from model.rope import rotate_interleaved, softmax_scale
 
@@ -39,12 +40,16 @@ class KVUpProjection(nn.Module):
         self.heads, self.nope, self.v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
         self.weight = nn.Parameter(torch.empty(self.heads * (self.nope + self.v), config.kv_lora_rank))
 
-    def forward(self, x: Tensor, form: str) -> Tensor:
+    def forward(self, x: Tensor | None, form: str) -> Tensor:
         """`expand`: latent [..., C] -> [..., H, nope + v]; `query`: q_nope [..., H, nope] -> [..., H, C];
-        `value`: latent output [..., H, C] -> [..., H, v]."""
+        `value`: latent output [..., H, C] -> [..., H, v]; `key_weight`: W_UK itself [H, nope, C], for an op that
+        absorbs its queries block by block (x None)."""
+        w_uk, w_uv = self.weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
+        if form == "key_weight":
+            return w_uk
+        assert x is not None
         if form == "expand":
             return nn.functional.linear(x, self.weight).unflatten(-1, (self.heads, self.nope + self.v))
-        w_uk, w_uv = self.weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
         if form == "query":
             return torch.einsum("...hn,hnc->...hc", x, w_uk)
         assert form == "value", form
@@ -86,6 +91,7 @@ class MLA(nn.Module):
         self.kv_b_proj = KVUpProjection(config)
         self.o_proj = nn.Linear(heads * self.v, hidden, bias=False)
         self.indexer = LightningIndexer(config)
+        self.settings = DEFAULT  # the owner of the model sets another: Transformer.use
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Projected:
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
@@ -137,16 +143,25 @@ class MLA(nn.Module):
         k_nope, v = self.kv_b_proj(p.latent, "expand").split([self.nope, self.v], -1)
         q = torch.cat([p.q_nope, p.q_rope], -1)
         k = torch.cat([k_nope, p.k_rope.unsqueeze(-2).expand(-1, self.heads, -1)], -1)
-        out = self.o_proj(mla_dense(q, k, v, doc_start, self.scale).flatten(-2))
         if indexer_loss is None:
-            return out, None
+            return self.o_proj(mla_dense(q, k, v, doc_start, self.scale).flatten(-2)), None
         assert indexer_loss == "dense", indexer_loss
-        topk = self.topk if stats else None
+        # A trunk under no_grad takes its attention from the loss's own pass; a training one needs SDPA's backward.
+        shared = not (torch.is_grad_enabled() and q.requires_grad)
+        attended: list[Tensor | None] = []
 
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
-            return index_kl_dense(q.detach(), k.detach(), self.scale, q_i, k_i, w, doc_start, topk)
+            values = v if shared else None
+            found, kl = index_kl_dense(
+                q, k, values, self.scale, q_i, k_i, w, doc_start, self.topk if stats else None, settings=self.settings
+            )
+            attended.append(found)
+            return kl
 
-        return out, self.local_loss(loss, self.index(x, p, cos, sin, graph=True))
+        kl = self.local_loss(loss, self.index(x, p, cos, sin, graph=True))
+        out = attended[0] if shared else mla_dense(q, k, v, doc_start, self.scale)
+        assert out is not None
+        return self.o_proj(out.flatten(-2)), kl
 
     def _sparse(
         self,
@@ -159,16 +174,20 @@ class MLA(nn.Module):
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
         index = self.index(x, p, cos, sin, graph=indexer_loss is not None)
-        idx = index_topk(index.q, index.k, index.w, doc_start, self.topk)
-        q, kv = self.absorb(p)
-        latent_out, lse = sparse_mla(q, kv, idx, self.scale, self.kv_lora_rank)
-        out = self.output(latent_out.to(x.dtype))
+        idx = index_topk(index.q, index.k, index.w, doc_start, self.topk, settings=self.settings)
+        learns = indexer_loss is not None
+        w_uk = self.kv_b_proj(None, "key_weight")
+        attended = sparse_mla(
+            p.q_nope, p.q_rope, w_uk, p.latent, p.k_rope, idx, self.scale, learns, settings=self.settings
+        )
+        out = self.output(attended.out.to(x.dtype))
         if indexer_loss is None:
             return out, None
-        assert indexer_loss == "selected", indexer_loss
+        target = attended.target
+        assert indexer_loss == "selected" and target is not None, indexer_loss
 
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
-            return index_kl_selected(q.detach(), kv.detach(), lse, idx, self.scale, q_i, k_i, w, stats)
+            return index_kl_selected(target, idx, q_i, k_i, w, stats, settings=self.settings)
 
         return out, self.local_loss(loss, index)
 

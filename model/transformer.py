@@ -19,6 +19,7 @@ from model.layers import MLP, LMHead, RMSNorm
 from model.mla import MLA
 from model.moe import MoE, Router
 from model.ops.common import IndexKL
+from model.ops.settings import OpSettings
 from model.rope import rope_table
 
 INDEXER_INIT = 0.02  # standard deviation of a fresh indexer's matrices, whatever the trunk started from
@@ -116,6 +117,12 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_mtp_layers))
+
+    def use(self, settings: OpSettings) -> None:
+        """Sets how the attention ops of every layer run: backend, workspace, precision of the selection."""
+        for module in self.modules():
+            if isinstance(module, MLA):
+                module.settings = settings
 
     def forward(
         self,

@@ -105,7 +105,7 @@ def broken_rules(source: str, path: str) -> list[str]:
         if any(imported.reaches(module) for module in NOT_FROM.get(room, set())):
             reasons.append((imported.line, f"{room} may not use {imported.name}"))
         late = WHERE_USED | LIGHT.get(room, set())
-        if imported.at_top and top in late and not path.endswith("/" + KERNEL_FILE):
+        if imported.at_top and top in late and not path.endswith(KERNEL_FILE):
             reasons.append((imported.line, f"{top} is imported where it is used, not at the top"))
     return sorted({f"{path}:{line}: {reason}" for line, reason in reasons})
 

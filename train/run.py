@@ -31,7 +31,7 @@ from train.guards import Guard
 from train.metrics import MetricsWriter
 from train.progress import Progress
 from train.stages import STAGES
-from train.start import differences, resolve, weights_folder
+from train.start import differences, op_settings, resolve, weights_folder
 from train.tracker import Tracker, make_tracker
 
 MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
@@ -62,6 +62,7 @@ class RunContext:
         self.folder, self.resumed = Path(config.output_dir), resumed
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
+        self.ops = op_settings(config)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.stop_asked = False
@@ -147,6 +148,8 @@ class RunContext:
                 net = Transformer(config)
             load_weights(net, self.source, torch.float32, seed=seed, progress=self.listed("reading weights"))
         net.activation_checkpointing = self.config.train.activation_checkpointing
+        net.use(self.ops)
+        self.say(f"attention ops: {self.ops.backend} on {self.device.type}, workspace {self.ops.workspace >> 20} MiB")
         return net.to(self.device)
 
     def restore(self, engine: Engine) -> TrainState:

@@ -14,6 +14,7 @@ from conf.convert import redacted, to_dict
 from conf.errors import UserError
 from conf.schema import ModelConfig, RunConfig
 from conf.validate import flatten
+from model.ops.settings import OpSettings
 from train.stages import STAGES, Stage, resolve_rates
 
 RUNS = Path("runs")
@@ -42,6 +43,12 @@ def resolve(config: RunConfig, overrides: frozenset[str], stored: RunConfig | No
         data = replace(data, tokenizer=spec)
     optim = resolve_rates(stage, config.optim, model.hidden_size)
     return replace(config, init_from=init_from, model=model, data=data, optim=optim)
+
+
+def op_settings(config: RunConfig) -> OpSettings:
+    """How the attention ops run. `kernels` is auto or torch here: conf/validate.py refuses the rest."""
+    ops = config.ops
+    return OpSettings("torch", ops.workspace_mib << 20, ops.deterministic, ops.fp8_index)
 
 
 def finished_runs(root: Path = RUNS) -> dict[Path, str]:

@@ -51,6 +51,12 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("precision=fp8", "precision.name=fp8 is not supported yet: use precision=bf16 or precision=fp32"),
         ("kernels=triton", "kernels=triton is not supported yet: use kernels=auto or kernels=torch"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto or kernels=torch"),
+        (
+            "ops.fp8_index=true model.index_head_dim=48",
+            "ops.fp8_index=true cannot take model.index_head_dim=48: one scale covers at most 128 channels and the"
+            " Hadamard transform needs a power of two; give such a width or ops.fp8_index=false",
+        ),
+        ("ops.workspace_mib=0", "ops.workspace_mib=0 is too small: give 1 or more"),
         ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
         ("rl.temperature=0.7", "rl.temperature=0.7 is not supported yet: use rl.temperature=1"),
         ("rl.top_p=0.95", "rl.top_p=0.95 is not supported yet: use rl.top_p=1"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ForwardOutput, Transformer
+from model.ops.settings import OpSettings
 from model.transformer import INDEXER_INIT
 from tests.model.tiny import CONFIG, batch, tiny_net
 
@@ -163,12 +164,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["warmup", "adapt"])
 def test_no_step_holds_a_tensor_of_length_squared_or_length_by_vocabulary(mode: str, monkeypatch) -> None:
-    monkeypatch.setattr("model.ops.common.MAX_BLOCK", 16)
-    monkeypatch.setattr("model.ops.sparse_mla.streaming.GATHER_BYTES", 1 << 16)
     monkeypatch.setattr("model.ops.vocab_loss.streaming.CHUNK_BYTES", 1 << 14)
     length = 1024
     config = dataclasses.replace(CONFIG, vocab_size=1024, num_hidden_layers=2)
     net = tiny_net(config)
+    net.use(OpSettings(workspace=1 << 18))
     with Largest() as seen:
         total_loss(net(**batch([length]), **{**MODES[mode], "stats": False})).backward()
     assert 0 < seen.numel < length * length, seen.numel

@@ -1,3 +1,3 @@
-from model.ops.index_kl_dense.streaming import index_kl_dense
+from model.ops.index_kl_dense.op import index_kl_dense
 
 __all__ = ["index_kl_dense"]

@@ -1,10 +1,10 @@
-"""The warm-up loss: KL between dense attention and the indexer over ALL visible positions (DeepSeek-V3.2, eq. 3).
+"""Dense attention and the warm-up loss in one pass over query blocks, in plain torch (DeepSeek-V3.2, eq. 3).
 
-    p[t, :] = 1/H sum_h softmax_h[t, :]        L_t = KL(p[t, :] || softmax(I[t, :]))        dL_t/dI[t, :] =
-    softmax(I[t, :]) - p[t, :]
+    p[t, :] = 1/H sum_h softmax_h[t, :]    L_t = KL(p[t, :] || softmax(I[t, :]))    dL_t/dI = softmax(I[t, :]) - p[t, :]
 
-Value and gradients in q_index, k_index and w are made in the same pass over query blocks, so nothing of [T, T] exists
-and backward only scales. The target is a constant: no gradient reaches q and k.
+A block of queries against all its keys, one head at a time: the row's softmax is complete, so the head's output, its
+share of the target, the loss and every gradient come from a single product of queries and keys. Workspace: a few
+[rows, keys] buffers and two of [rows, Hi, keys], whatever the number of attention heads.
 """
 
 from __future__ import annotations
@@ -12,101 +12,83 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.common import (
-    Block,
-    IndexKL,
-    compute_dtype,
-    no_autocast,
-    query_blocks,
-    topk_mask,
-    visible,
-    with_gradients,
-)
+from model.ops.common import Block, Hidden, Scratch, compute_dtype, query_blocks, select_topk
 from model.ops.index_topk.streaming import index_scores_block
+from model.ops.settings import DEFAULT, OpSettings
+
+CPU_ROWS = 64  # more rows a block gain nothing and cost memory
 
 
-def index_kl_dense(
+def attend_and_learn(
     q: Tensor,
     k: Tensor,
+    v: Tensor | None,
     scale: float,
     q_index: Tensor,
     k_index: Tensor,
     w: Tensor,
     doc_start: Tensor,
-    topk: int | None = None,
+    q_pos: Tensor | None,
+    topk: int | None,
+    with_grad: bool,
+    settings: OpSettings = DEFAULT,
     block: int | None = None,
-) -> IndexKL:
-    """Sum over rows of KL(p || softmax(I)) in nats.
+) -> tuple[Tensor | None, dict[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+    """-> attention's output [R, H, Dv] (None without v), the sums over rows, and the gradients of q_index, k_index, w.
 
-    Args: q, k [T, H, Dqk] decompressed queries and keys (detached by the op), scale of their softmax, q_index [T, Hi,
-        di], k_index [T, di], w [T, Hi], doc_start [T]; `topk` asks for mass and oracle_mass of that selection as well.
+    Args: q [R, H, Dqk], k [S, H, Dqk], v [S, H, Dv], q_index [R, Hi, di], k_index [S, di], w [R, Hi].
     """
     dtype = compute_dtype(q, q_index)
-    inputs = [q_index, k_index, w]
-    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    with torch.no_grad(), no_autocast(q):
-        q_H = (q.to(dtype) * scale).transpose(0, 1)  # [H, T, D]
-        k_H = k.to(dtype).permute(1, 2, 0).contiguous()  # [H, D, T]
-        qi, ki, wi = (t.to(dtype) for t in inputs)
-        sums = {
-            name: torch.zeros((), dtype=dtype, device=q.device)
-            for name in ("kl", "kl_uniform", "mass", "oracle_mass", "rows")
-        }
-        gradients = [torch.zeros_like(t) for t in (qi, ki, wi)] if with_grad else []
-        for b in query_blocks(doc_start, 4 * (2 * q.shape[1] + 2 * q_index.shape[1]), block):
-            mask = visible(doc_start, b)
-            p = _target(q_H, k_H, b, mask)
-            rows, keys = slice(b.start, b.stop), slice(b.key_start, b.stop)
-            scores, products = index_scores_block(qi[rows], ki[keys], wi[rows])
-            log_student = scores.masked_fill_(~mask, -torch.inf).log_softmax(-1).masked_fill_(~mask, 0.0)
-            entropy = torch.xlogy(p, p).sum(-1)
-            sums["kl"] += (entropy - (p * log_student).sum(-1)).sum()
-            _add_stats(sums, p, entropy, scores, mask, topk)
-            if with_grad:
-                d_scores = (log_student.exp() * mask).sub_(p)
-                _add_gradients(gradients, d_scores, products, qi[rows], ki[keys], wi[rows], rows, keys)
-    kl = sums.pop("kl")
-    if with_grad:
-        kl = with_gradients(kl, inputs, [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)])
-    if topk is None:
-        del sums["mass"], sums["oracle_mass"]
-    return IndexKL(kl, sums)
+    q_H = (q.to(dtype) * scale).transpose(0, 1)
+    k_H = k.to(dtype).permute(1, 2, 0)  # [H, D, S]
+    v_H = None if v is None else v.to(dtype).transpose(0, 1)
+    qi, ki, wi = (t.to(dtype) for t in (q_index, k_index, w))
+    heads, index_heads = q.shape[1], q_index.shape[1]
+    out = None if v is None else torch.zeros(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
+    names = ("kl", "kl_uniform", "rows", *(("mass", "oracle_mass") if topk is not None else ()))
+    sums = {name: torch.zeros((), dtype=dtype, device=q.device) for name in names}
+    gradients = (torch.zeros_like(qi), torch.zeros_like(ki), torch.zeros_like(wi)) if with_grad else None
+    bytes_per_pair = dtype.itemsize * (7 + 2 * index_heads)
+    scratch = Scratch(dtype, q.device)
+    for b in query_blocks(doc_start, q_pos, bytes_per_pair, settings, block, CPU_ROWS):
+        hidden = Hidden(doc_start, q_pos, b)
+        p = scratch("p", *b.shape).zero_()
+        for h in range(heads):
+            logits = torch.mm(q_H[h, b.rows], k_H[h, :, b.keys], out=scratch("logits", *b.shape))
+            probabilities = torch.softmax(hidden.fill(logits, -torch.inf), -1, out=scratch("softmax", *b.shape))
+            if hidden.empty is not None:
+                probabilities.masked_fill_(hidden.empty, 0.0)  # softmax of -inf alone is NaN
+            p += probabilities
+            if out is not None and v_H is not None:
+                out[b.rows, h] = probabilities @ v_H[h, b.keys]
+        p /= heads
+        scores, products = index_scores_block(qi[b.rows], ki[b.keys], wi[b.rows], scratch)
+        hidden.fill(scores, -torch.inf)
+        log_student = hidden.fill(torch.log_softmax(scores, -1, out=scratch("softmax", *b.shape)), 0.0)
+        entropy = torch.xlogy(p, p, out=scratch("xlogy", *b.shape)).sum(-1)
+        cross = torch.linalg.vecdot(p, log_student)
+        sums["kl"] += (entropy - cross).sum()
+        sums["rows"] += (hidden.count > 0).sum()
+        sums["kl_uniform"] += (entropy + hidden.count.clamp(min=1).to(dtype).log())[hidden.count > 1].sum()
+        if topk is not None:
+            sums["mass"] += p.view(-1)[select_topk(scores, topk)[0]].sum()
+            # hidden keys have p = 0, which adds nothing when it is selected
+            sums["oracle_mass"] += p.view(-1)[select_topk(p, topk)[0]].sum()
+        if gradients is not None:
+            d_scores = hidden.fill(log_student.exp_(), 0.0).sub_(p)
+            _add_gradients(gradients, d_scores, products, qi[b.rows], ki[b.keys], wi[b.rows], b, scratch)
+    return out, sums, gradients
 
 
-def _target(q_H: Tensor, k_H: Tensor, b: Block, mask: Tensor) -> Tensor:
-    """p [rows, keys]: the mean over heads of dense attention; rows without a visible key are 0."""
-    logits = torch.bmm(q_H[:, b.start : b.stop], k_H[:, :, b.key_start : b.stop])
-    logits.masked_fill_(~mask, -torch.inf)
-    # a row that sees nothing is softmax of -inf alone (NaN), masked to zero here
-    return logits.softmax(-1).mean(0).masked_fill_(~mask, 0.0)
-
-
-def _add_stats(
-    sums: dict[str, Tensor], p: Tensor, entropy: Tensor, scores: Tensor, mask: Tensor, topk: int | None
-) -> None:
-    seen = mask.sum(-1)
-    sums["rows"] += (seen > 0).sum()
-    sums["kl_uniform"] += (entropy + seen.clamp(min=1).to(p.dtype).log())[seen > 1].sum()
-    if topk is not None:
-        sums["mass"] += (p * topk_mask(scores, mask, topk)).sum()
-        sums["oracle_mass"] += p.topk(min(topk, p.shape[-1]), dim=-1).values.sum()
-
-
-def _add_gradients(
-    gradients: list[Tensor],
-    d_scores: Tensor,
-    products: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    rows: slice,
-    keys: slice,
-) -> None:
-    """Through I = sum_h w relu(q.k): products [rows, Hi, keys] are overwritten."""
+def _add_gradients(gradients, d_scores, products, q, k, w, b: Block, scratch) -> None:
+    """Through I = sum_h w relu(q.k), products [rows, Hi, keys]. w multiplies what is small: d_q's rows and q."""
     d_q, d_k, d_w = gradients
-    d_w[rows] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
-    weighted = (
-        products.sign_().mul_(d_scores.unsqueeze(1)).mul_(w.unsqueeze(-1)).view(-1, k.shape[0])
-    )  # relu' is 0 or 1
-    d_q[rows] = (weighted @ k).view(q.shape)
-    d_k[keys] += weighted.T @ q.reshape(-1, q.shape[-1])
+    d_w[b.rows] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
+    passed = scratch("passed", *products.shape)
+    # d_scores where the product is positive: relu'(0) = 0
+    torch.ops.aten.threshold_backward.grad_input(
+        d_scores.unsqueeze(1).expand_as(products), products, 0.0, grad_input=passed
+    )
+    passed = passed.view(-1, k.shape[0])
+    d_q[b.rows] = (passed @ k).view(q.shape) * w.unsqueeze(-1)
+    d_k[b.keys] += passed.T @ (q * w.unsqueeze(-1)).flatten(0, 1)

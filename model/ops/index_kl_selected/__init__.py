@@ -1,3 +1,3 @@
-from model.ops.index_kl_selected.streaming import index_kl_selected
+from model.ops.index_kl_selected.op import index_kl_selected
 
 __all__ = ["index_kl_selected"]

@@ -1,67 +1,54 @@
-"""The sparse-stage indexer loss: KL over the selected set S_t only (DeepSeek-V3.2, eq. 4).
+"""Index scores over the selected keys and their gradients, in plain torch, for all query rows.
 
-    p[t, S_t] = 1/H sum_h exp(s[t, h, S_t] - lse[t, h])       L_t = KL(p[t, S_t] || softmax(I[t, S_t]))
+    I[t, j] = sum_h w[t, h] relu(q[t, h] . k[idx[t, j]])
 
-`lse` is sparse_mla's own log-sum-exp, so the target costs one product over the k selected rows. Target and student are
-both normalised over S_t: a student over all positions against this target would agree only where T = k.
+Gathered keys live for one block of queries. The loss hands over d_scores block by block, while the products that made
+the scores still exist, so nothing is made twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from model.ops.common import IndexKL, compute_dtype, no_autocast, with_gradients
-from model.ops.sparse_mla.streaming import gather_rows, selection_blocks
+from model.ops.common import Scratch
+from model.ops.sparse_mla.streaming import selected_blocks
 
 
-def index_kl_selected(
+def each_block(
     q: Tensor,
-    kv: Tensor,
-    lse: Tensor,
-    idx: Tensor,
-    scale: float,
-    q_index: Tensor,
-    k_index: Tensor,
+    k: Tensor,
     w: Tensor,
-    stats: bool = False,
+    idx: Tensor,
+    loss: Callable[[slice, Tensor, Tensor | None], Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor] | None,
+    workspace: int,
     block: int | None = None,
-) -> IndexKL:
-    """Sum over rows of KL(p || softmax(I)) over S_t in nats; gradients go to q_index, k_index and w alone.
-
-    Args: q [T, H, D] absorbed queries, kv [T, D], lse [T, H], idx [T, k] (-1 padded), scale, q_index [T, Hi, di],
-        k_index [T, di], w [T, Hi]; `stats` adds kl_uniform and rows.
-    """
-    dtype = compute_dtype(q, q_index)
-    inputs = [q_index, k_index, w]
-    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    with torch.no_grad(), no_autocast(q):
-        qi, ki, wi = (t.to(dtype) for t in inputs)
-        kv, lse = kv.to(dtype), lse.to(dtype)
-        sums = {name: torch.zeros((), dtype=dtype, device=q.device) for name in ("kl", "kl_uniform", "rows")}
-        d_q, d_k, d_w = (torch.zeros_like(t) for t in (qi, ki, wi)) if with_grad else (None, None, None)
-        for start, stop in selection_blocks(idx, kv.shape[1] + 3 * qi.shape[1], block):
-            rows = slice(start, stop)
-            chosen, mask, flat = gather_rows(kv, idx[rows])
-            logits = torch.bmm(q[rows].to(dtype), chosen.transpose(1, 2)).mul_(scale)
-            p = (logits - lse[rows].unsqueeze(-1)).exp_().mean(1).masked_fill_(~mask, 0.0)
-            keys = ki.index_select(0, flat).view(*mask.shape, -1)
-            products = torch.bmm(qi[rows], keys.transpose(1, 2)).relu_()
-            scores = torch.bmm(wi[rows].unsqueeze(1), products).squeeze(1).masked_fill_(~mask, -torch.inf)
-            log_student = scores.log_softmax(-1).masked_fill_(~mask, 0.0)
-            entropy = torch.xlogy(p, p).sum(-1)
-            sums["kl"] += (entropy - (p * log_student).sum(-1)).sum()
-            if stats:
-                seen = mask.sum(-1)
-                sums["rows"] += (seen > 0).sum()
-                sums["kl_uniform"] += (entropy + seen.clamp(min=1).to(p.dtype).log())[seen > 1].sum()
-            if d_q is not None and d_k is not None and d_w is not None:
-                d_scores = (log_student.exp() * mask).sub_(p)
-                d_w[rows] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
-                weighted = products.sign_().mul_(d_scores.unsqueeze(1)).mul_(wi[rows].unsqueeze(-1))
-                d_q[rows] = torch.bmm(weighted, keys)
-                d_k.index_add_(0, flat, torch.bmm(weighted.transpose(1, 2), qi[rows]).view(flat.shape[0], -1))
-    kl = sums.pop("kl")
-    if d_q is not None and d_k is not None and d_w is not None:
-        kl = with_gradients(kl, inputs, [d_q.to(q_index.dtype), d_k.to(k_index.dtype), d_w.to(w.dtype)])
-    return IndexKL(kl, sums if stats else {})
+) -> None:
+    """Calls loss(rows, scores [n, k], empty [n, k] or None) -> d_scores for every block of q [R, Hi, di], k [S, di],
+    w [R, Hi], idx [R, k]; scores are -inf at -1. `gradients` (d_q, d_k, d_w) are written, d_k added to."""
+    (_, heads, dim), count = q.shape, idx.shape[1]
+    scratch = Scratch(q.dtype, q.device)
+    row_bytes = q.itemsize * count * (2 * dim + 2 * heads)
+    for chosen in selected_blocks(k, idx, row_bytes, workspace, scratch, block):
+        part, n = chosen.part, chosen.rows.shape[0]
+        products = torch.bmm(q[part], chosen.rows.transpose(1, 2), out=scratch("products", n, heads, count)).relu_()
+        scores = torch.bmm(w[part].unsqueeze(1), products).squeeze(1)
+        if chosen.empty is not None:
+            scores.masked_fill_(chosen.empty, -torch.inf)
+        d_scores = loss(part, scores, chosen.empty)
+        if gradients is None:
+            continue
+        d_q, d_k, d_w = gradients
+        d_w[part] = torch.bmm(products, d_scores.unsqueeze(-1)).squeeze(-1)
+        # d_scores where the product is positive: relu'(0) = 0. w multiplies what is small: d_q's rows, and q.
+        passed = scratch("passed", n, heads, count)
+        torch.ops.aten.threshold_backward.grad_input(
+            d_scores.unsqueeze(1).expand_as(products), products, 0.0, grad_input=passed
+        )
+        d_q[part] = torch.bmm(passed, chosen.rows).mul_(w[part].unsqueeze(-1))
+        weighted = q[part] * w[part].unsqueeze(-1)
+        d_rows = torch.bmm(passed.transpose(1, 2), weighted, out=scratch("d_rows", n, count, dim))
+        d_k.index_add_(0, chosen.flat, d_rows.view(n * count, dim))

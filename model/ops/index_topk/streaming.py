@@ -12,29 +12,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.common import compute_dtype, mask_to_indices, no_autocast, query_blocks, topk_mask, visible
+from model.ops.common import Hidden, Scratch, compute_dtype, query_blocks, topk_indices
+from model.ops.index_topk.fp8 import rounded
+from model.ops.settings import DEFAULT, OpSettings
+
+CPU_ROWS = 64
+PRODUCT_BYTES = 4 << 20  # of the heads' products on CPU: in the caches, and large enough for the matrix product
 
 
-def index_scores_block(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def index_scores_block(q: Tensor, k: Tensor, w: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Scores [rows, keys] of q [rows, Hi, di], k [keys, di], w [rows, Hi], and the relu'd products [rows, Hi, keys]."""
-    rows, heads, dim = q.shape
-    products = (q.reshape(rows * heads, dim) @ k.T).relu_().view(rows, heads, -1)
-    return torch.bmm(w.unsqueeze(1), products).squeeze(1), products
+    rows, heads, _ = q.shape
+    products = torch.mm(q.flatten(0, 1), k.T, out=scratch("products", rows * heads, len(k)))
+    products = products.relu_().view(rows, heads, -1)
+    scores = torch.bmm(w.unsqueeze(1), products, out=scratch("scores", rows, 1, len(k)))
+    return scores.squeeze(1), products
 
 
-@torch.no_grad()
-def index_topk(q: Tensor, k: Tensor, w: Tensor, doc_start: Tensor, topk: int, block: int | None = None) -> Tensor:
-    """Selected keys of every row.
+def _scores(q: Tensor, k: Tensor, w: Tensor, scratch: Scratch, product_bytes: int) -> Tensor:
+    """The same scores where the products are not needed after: these live for a tile of keys."""
+    (rows, heads, _), keys = q.shape, len(k)
+    scores, q = scratch("scores", rows, 1, keys), q.flatten(0, 1)
+    tile = max(1, product_bytes // (rows * heads * q.itemsize))
+    for start in range(0, keys, tile):
+        part = slice(start, min(start + tile, keys))
+        products = torch.mm(q, k[part].T, out=scratch("products", rows * heads, part.stop - start)).relu_()
+        # a product written straight into the columns would run row by row
+        scores[:, :, part] = torch.bmm(w.unsqueeze(1), products.view(rows, heads, -1))
+    return scores.squeeze(1)
 
-    Args: q [T, Hi, di], k [T, di], w [T, Hi] (scaled by Hi^-0.5 di^-0.5), doc_start [T] int64, topk, block (rows).
-    Returns: [T, topk] int64, ascending, -1 behind. Workspace: one block of rows x keys x Hi.
-    """
+
+def topk(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    doc_start: Tensor,
+    q_pos: Tensor | None,
+    count: int,
+    settings: OpSettings = DEFAULT,
+    block: int | None = None,
+) -> Tensor:
+    """[R, count] int32 of q [R, Hi, di], k [S, di], w [R, Hi]. Workspace: scores of one block of rows, products of one
+    tile of it."""
     dtype = compute_dtype(q, k, w)
-    q, k, w = q.to(dtype), k.to(dtype), w.to(dtype)
-    indices = torch.full((q.shape[0], topk), -1, dtype=torch.int64, device=q.device)
-    with no_autocast(q):
-        for b in query_blocks(doc_start, 4 * (q.shape[1] + 4), block):
-            scores, _ = index_scores_block(q[b.start : b.stop], k[b.key_start : b.stop], w[b.start : b.stop])
-            mask = topk_mask(scores, visible(doc_start, b), topk)
-            indices[b.start : b.stop] = mask_to_indices(mask, topk, b.key_start)
+    k = rounded(k.to(dtype)) if settings.fp8_index else k.to(dtype)
+    indices = torch.full((q.shape[0], count), -1, dtype=torch.int32, device=q.device)
+    scratch = Scratch(dtype, q.device)
+    product_bytes = settings.workspace // 2
+    if q.device.type == "cpu":
+        product_bytes = min(product_bytes, PRODUCT_BYTES)
+    # beside the products: the scores, a row's folded maxima and its candidates
+    for b in query_blocks(doc_start, q_pos, 4 * dtype.itemsize, settings, block, CPU_ROWS):
+        q_b = q[b.rows].to(dtype)
+        q_b = rounded(q_b) if settings.fp8_index else q_b
+        scores = _scores(q_b, k[b.keys], w[b.rows].to(dtype), scratch, product_bytes)
+        Hidden(doc_start, q_pos, b).fill(scores, -torch.inf)
+        indices[b.rows] = topk_indices(scores, count, b.key_start)
     return indices

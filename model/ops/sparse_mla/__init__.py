@@ -1,3 +1,3 @@
-from model.ops.sparse_mla.streaming import sparse_mla
+from model.ops.sparse_mla.op import SparseAttention, sparse_mla
 
-__all__ = ["sparse_mla"]
+__all__ = ["SparseAttention", "sparse_mla"]

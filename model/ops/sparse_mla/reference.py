@@ -12,14 +12,14 @@ from model.ops.mla_dense.reference import masked_softmax
 
 
 def selected_mask(idx: Tensor, num_keys: int) -> Tensor:
-    """idx int64 [T, k] (-1: none) -> bool [T, num_keys], true where a position is selected."""
+    """idx [T, k] (-1: none) -> bool [T, num_keys], true where a position is selected."""
     mask = torch.zeros(idx.shape[0], num_keys + 1, dtype=torch.bool, device=idx.device)
-    mask.scatter_(1, idx.masked_fill(idx < 0, num_keys), True)  # -1 lands in a column that is cut off
+    mask.scatter_(1, idx.masked_fill(idx < 0, num_keys).long(), True)  # -1 lands in a column that is cut off
     return mask[:, :num_keys]
 
 
 def sparse_mla(q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
-    """q [T, H, Dc+Dr], kv [T, Dc+Dr], idx int64 [T, k] -> out [T, H, Dc = value_dim], lse [T, H] (nats).
+    """q [T, H, Dc+Dr], kv [T, Dc+Dr], idx [T, k] -> out [T, H, Dc = value_dim], lse [T, H] (nats).
 
     A row that selects nothing gives out 0 and lse -inf.
     """

@@ -1,92 +1,133 @@
-"""Absorbed (multi-query) attention over the selected latents, forward and backward (DeepSeek-V3.2, eq. 2; MLA absorbed
-form).
+"""Absorbed attention over the selected rows in plain torch, for a chunk of queries (DeepSeek-V3.2, eq. 2).
 
-    s[t, h, j] = scale * q[t, h] . kv[idx[t, j]]      out[t, h] = sum_j softmax_j(s)[t, h, j] * kv[idx[t, j],
-    :value_dim]
+    s[t, h, j] = scale * q[t, h] . kv[idx[t, j]]      out[t, h] = sum_j softmax_j(s)[t, h, j] * kv[idx[t, j], :C]
 
 Every head reads the same rows, so a selected token costs one row whatever the number of heads. Gathered rows and
 probabilities live for one block of queries; backward gathers and scores again instead of saving them.
+On CPU a block's scratch are made once and stay in the second-level cache: the arithmetic, not memory, is the cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.ops.common import compute_dtype, no_autocast
+from model.ops.common import Scratch
 
-GATHER_BYTES = 4 << 20  # gathered rows of a block: near the size of a second-level cache is fastest on CPU
-
-
-def selection_blocks(idx: Tensor, floats_per_key: int, block: int | None = None) -> Iterator[tuple[int, int]]:
-    """Row ranges whose gathered rows (rows x k x `floats_per_key` fp32) fit GATHER_BYTES."""
-    rows, k = idx.shape
-    step = block or max(1, GATHER_BYTES // (4 * k * floats_per_key))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+BLOCK_BYTES = 4 << 20  # of a block on CPU: small enough for the caches, large enough to hide the calls
+BLOCK_ROWS = 8, 64
 
 
-def gather_rows(kv: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(kv rows [rows, k, D], mask [rows, k] of real entries, flat indices [rows * k] with -1 sent to row 0)."""
-    flat = idx.clamp(min=0).view(-1)
-    return kv.index_select(0, flat).view(*idx.shape, kv.shape[1]), idx >= 0, flat
+@dataclass(frozen=True)
+class Selected:
+    """A block of query rows with what they selected: rows [n, k, D] of the keys, their flat int64 positions [n * k],
+    and `empty` [n, k], the entries of -1 (None where there is none; they point at key 0)."""
+
+    part: slice
+    rows: Tensor
+    flat: Tensor
+    empty: Tensor | None
 
 
-def _probabilities(q: Tensor, rows: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax [rows, H, k] over the real entries and its log-sum-exp [rows, H]; a row with none gives 0 and -inf."""
-    logits = torch.bmm(q, rows.transpose(1, 2)).mul_(scale).masked_fill_(~mask.unsqueeze(1), -torch.inf)
-    lse = logits.logsumexp(-1)
-    safe = lse.masked_fill(lse == -torch.inf, 0.0)
-    return logits.sub_(safe.unsqueeze(-1)).exp_(), lse
+def selected_blocks(
+    keys: Tensor, idx: Tensor, row_bytes: int, workspace: int, scratch: Scratch, block: int | None = None
+) -> Iterator[Selected]:
+    """Gathers keys [S, D] at idx [R, k] block by block; `row_bytes` is what the caller holds for one query row."""
+    total, k = idx.shape
+    least, most, budget = 1, total, workspace
+    if keys.device.type == "cpu":
+        (least, most), budget = BLOCK_ROWS, min(workspace, BLOCK_BYTES)
+    step = block or max(1, min(max(least, budget // row_bytes), most, workspace // row_bytes))
+    padded = (idx < 0).any(1).tolist()
+    for start in range(0, total, step):
+        part = slice(start, min(start + step, total))
+        chosen, empty = idx[part], None
+        if any(padded[part]):
+            chosen, empty = chosen.clamp(min=0), chosen < 0
+        flat = chosen.reshape(-1).long()  # index_add_ is 4x slower on int32
+        rows = scratch("rows", *chosen.shape, keys.shape[1])
+        torch.index_select(keys, 0, flat, out=rows.view(len(flat), -1))
+        yield Selected(part, rows, flat, empty)
 
 
-class _SparseMLA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, block: int | None):
-        dtype = compute_dtype(q, kv)
-        kv_c = kv.to(dtype)
-        out = torch.empty(*q.shape[:2], value_dim, dtype=dtype, device=q.device)
-        lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
-        with no_autocast(q):
-            for start, stop in selection_blocks(idx, kv.shape[1], block):
-                rows, mask, _ = gather_rows(kv_c, idx[start:stop])
-                p, lse[start:stop] = _probabilities(q[start:stop].to(dtype), rows, mask, scale)
-                out[start:stop] = torch.bmm(p, rows[..., :value_dim])
-        ctx.save_for_backward(q, kv, idx, out)
-        ctx.scale, ctx.value_dim, ctx.block = scale, value_dim, block
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+def _softmax_(logits: Tensor, scale: float, empty: Tensor | None) -> Tensor:
+    """Turns logits [n, H, k] into softmax(scale * logits) over the real entries; returns its log-sum-exp [n, H].
 
-    @staticmethod
-    def backward(ctx, d_out: Tensor, _d_lse: Tensor):
-        q, kv, idx, out = ctx.saved_tensors
-        dtype, scale, value_dim = out.dtype, ctx.scale, ctx.value_dim
-        kv_c = kv.to(dtype)
-        d_q = torch.empty(q.shape, dtype=dtype, device=q.device)
-        d_kv = torch.zeros(kv.shape, dtype=dtype, device=q.device)
-        with no_autocast(q):
-            for start, stop in selection_blocks(idx, 2 * kv.shape[1], ctx.block):
-                rows, mask, flat = gather_rows(kv_c, idx[start:stop])
-                q_b, d_out_b = q[start:stop].to(dtype), d_out[start:stop].to(dtype)
-                p, _ = _probabilities(q_b, rows, mask, scale)
-                delta = (d_out_b * out[start:stop]).sum(-1, keepdim=True)
-                d_p = torch.bmm(d_out_b, rows[..., :value_dim].transpose(1, 2))
-                d_logits = d_p.sub_(delta).mul_(p).mul_(scale)
-                d_q[start:stop] = torch.bmm(d_logits, rows)
-                d_rows = torch.bmm(d_logits.transpose(1, 2), q_b)
-                d_rows[..., :value_dim] += torch.bmm(p.transpose(1, 2), d_out_b)
-                d_kv.index_add_(0, flat, d_rows.view(flat.shape[0], -1))
-        return d_q.to(q.dtype), d_kv.to(kv.dtype), None, None, None, None
-
-
-def sparse_mla(
-    q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, block: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [T, H, Dc+Dr] over rows idx [T, k] (-1 padded) of kv [T, Dc+Dr].
-
-    Returns: out [T, H, value_dim] and the natural log-sum-exp [T, H] of the scaled logits (no gradient passes through
-    it). A row with nothing selected gives out 0 and lse -inf.
+    A row without entries becomes 0, with log-sum-exp -inf.
     """
-    return _SparseMLA.apply(q, kv, idx, scale, value_dim, block)
+    logits.mul_(scale)
+    if empty is not None:
+        logits.masked_fill_(empty.unsqueeze(1), -torch.inf)
+    info = torch.finfo(logits.dtype)
+    largest = logits.amax(-1, keepdim=True).clamp_(min=info.min)
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    logits.div_(total.clamp(min=info.tiny))
+    return (largest + total.log()).squeeze(-1)
+
+
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    idx: Tensor,
+    scale: float,
+    value_dim: int,
+    workspace: int,
+    target: bool = False,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q [R, H, D] absorbed queries, kv [S, D], idx [R, k] int32 -> out [R, H, C], lse [R, H] and, where `target` asks
+    for it, the mean of the heads' probabilities [R, k]."""
+    (rows, heads, dim), k = q.shape, idx.shape[1]
+    out, lse = q.new_empty(rows, heads, value_dim), q.new_empty(rows, heads)
+    mean = q.new_empty(rows, k) if target else None
+    scratch = Scratch(q.dtype, q.device)
+    row_bytes = q.itemsize * k * (dim + 2 * heads)
+    for chosen in selected_blocks(kv, idx, row_bytes, workspace, scratch, block):
+        part = chosen.part
+        logits = torch.bmm(q[part], chosen.rows.transpose(1, 2), out=scratch("logits", len(chosen.rows), heads, k))
+        lse[part] = _softmax_(logits, scale, chosen.empty)
+        torch.bmm(logits, chosen.rows[..., :value_dim], out=out[part])
+        if mean is not None:
+            torch.mean(logits, 1, out=mean[part])
+    return out, lse, mean
+
+
+def backward(
+    q: Tensor,
+    kv: Tensor,
+    idx: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    scale: float,
+    d_kv: Tensor,
+    workspace: int,
+    block: int | None = None,
+) -> Tensor:
+    """d_q [R, H, D]; d_kv [S, D] is added to in place, in the order of the rows: the same bits every time.
+
+    The two products against the rows (q for the logits, d_out for d_p) run as one of 2H rows, and so do the two that
+    make the rows' gradient: small products are what a CPU is slowest at.
+    """
+    (_, heads, dim), k, value_dim = q.shape, idx.shape[1], out.shape[2]
+    d_q = torch.empty_like(q)
+    scratch = Scratch(q.dtype, q.device)
+    row_bytes = q.itemsize * k * (2 * dim + 4 * heads)
+    for chosen in selected_blocks(kv, idx, row_bytes, workspace, scratch, block):
+        part, n = chosen.part, len(chosen.rows)
+        queries = scratch("queries", n, 2 * heads, dim)  # [d_out, 0; q] makes [d_p; logits]
+        queries[:, :heads, :value_dim], queries[:, :heads, value_dim:] = d_out[part], 0.0
+        queries[:, heads:] = q[part]
+        products = torch.bmm(queries, chosen.rows.transpose(1, 2), out=scratch("products", n, 2 * heads, k))
+        d_logits, p = products[:, :heads], products[:, heads:]
+        _softmax_(p, scale, chosen.empty)
+        delta = torch.linalg.vecdot(d_out[part], out[part]).unsqueeze(-1)
+        d_logits.sub_(delta).mul_(p).mul_(scale)
+        torch.bmm(d_logits, chosen.rows, out=d_q[part])
+        queries[:, :heads] = q[part]  # [q; d_out, 0] meets [d_logits; p]
+        queries[:, heads:, :value_dim], queries[:, heads:, value_dim:] = d_out[part], 0.0
+        d_rows = torch.bmm(products.transpose(1, 2), queries, out=scratch("d_rows", n, k, dim))
+        d_kv.index_add_(0, chosen.flat, d_rows.view(n * k, dim))
+    return d_q

@@ -4,12 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.ops.index_kl_dense import index_kl_dense
+from model.ops.index_kl_dense import index_kl_dense as op
 from model.ops.index_kl_dense import reference as ref
 from model.ops.index_topk.reference import index_scores, index_topk
+from model.ops.mla_dense import reference as attention_ref
 from tests.model.ops.cases import BLOCKS, LAYOUTS, LargestTensor, assert_close, layout, make_doc_start, randn
 
 SCALE = 0.35
+
+
+def index_kl_dense(q, k, scale, *rest, **options):
+    """The loss alone, without attention's output."""
+    out, found = op(q, k, None, scale, *rest, **options)
+    assert out is None
+    return found
 
 
 def make_inputs(seed: int, rows: int, dtype: torch.dtype = torch.float64, heads: int = 3, index_heads: int = 4):
@@ -150,6 +158,52 @@ def test_narrow_inputs_are_computed_in_fp32():
     for a, b in zip(torch.autograd.grad(narrow_kl, index), torch.autograd.grad(wide_kl, wide), strict=True):
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b.to(torch.bfloat16)) or (a.float() - b).abs().max() <= 2**-8 * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("block", [None, *BLOCKS])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_attention_of_the_same_pass_equals_the_reference(name, block, dtype):
+    doc_start = layout(name)
+    q, k, index = make_inputs(11, len(doc_start), dtype)
+    (v,) = randn(12, (len(doc_start), 3, 4), dtype=dtype)
+    out, found = op(q, k, v, SCALE, *index, doc_start, block=block)
+    assert_close(out, attention_ref.mla_dense(q, k, v, doc_start, SCALE))
+    assert not out.requires_grad
+    assert_close(found.kl_sum, ref.index_kl_dense(q, k, SCALE, *index, doc_start).kl.sum())
+
+
+@pytest.mark.parametrize("block", [None, 7])
+@pytest.mark.parametrize("rows", [slice(0, 20), slice(20, 45), slice(45, 63), "zigzag"])
+def test_the_queries_of_one_rank_against_all_keys(rows, block):
+    """Context parallelism: the ranks' shares of loss, statistics, output and gradients add up to the whole's."""
+    doc_start = make_doc_start((17, 1, 40), padding=5)
+    q, k, index = make_inputs(13, 63)
+    (v,) = randn(14, (63, 3, 4))
+    at = torch.tensor([*range(10), *range(50, 63)]) if rows == "zigzag" else torch.arange(63)[rows]
+    q_pos = torch.arange(63)[at]
+    mine = [t.detach().requires_grad_() for t in (index[0][at], index[1], index[2][at])]
+    out, found = op(q[at], k, v, SCALE, *mine, doc_start[at], topk=6, q_pos=q_pos, block=block)
+    whole = ref.index_kl_dense(q, k, SCALE, *index, doc_start, topk=6)
+    assert_close(out, attention_ref.mla_dense(q, k, v, doc_start, SCALE)[at])
+    assert_close(found.kl_sum, whole.kl[at].sum())
+    assert whole.mass is not None
+    assert_close(found.stats["mass"], whole.mass[at].sum())
+    gradients = torch.autograd.grad(found.kl_sum, mine)
+    expected = torch.autograd.grad(whole.kl[at].sum(), index)
+    for a, b in zip(gradients, [expected[0][at], expected[1], expected[2][at]], strict=True):
+        assert_close(a, b)
+
+
+def test_twenty_repeats_are_equal():
+    q, k, index = make_inputs(15, 120, torch.float32)
+
+    def run():
+        found = index_kl_dense(q, k, SCALE, *index, make_doc_start((80, 40)), topk=9)
+        return [found.kl_sum.detach(), *found.stats.values(), *torch.autograd.grad(found.kl_sum, index)]
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(19) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("block", [None, 16])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model.ops.index_kl_dense import reference as dense_ref
-from model.ops.index_kl_selected import index_kl_selected
+from model.ops.index_kl_selected import index_kl_selected as op
 from model.ops.index_kl_selected import reference as ref
 from model.ops.index_topk.reference import index_scores, index_topk
 from model.ops.sparse_mla.reference import sparse_mla
@@ -13,6 +13,14 @@ from tests.model.ops.cases import LAYOUTS, LargestTensor, assert_close, layout, 
 
 SCALE, HEADS, DIM, VALUE_DIM = 0.35, 3, 6, 4
 BLOCKS = [None, 1, 7, 1000]
+
+
+def index_kl_selected(q, kv, lse, idx, scale, *index, **options):
+    """The op on the target that attention with this log-sum-exp gives its selected positions."""
+    rows = kv[idx.clamp(min=0).long()]
+    share = torch.einsum("thd,tkd->thk", q, rows) * scale - lse.masked_fill(lse.isneginf(), 0.0)[..., None]
+    target = share.exp().masked_fill((idx < 0)[:, None], 0.0).mean(1).detach()
+    return op(target, idx, *index, **options)
 
 
 def make_inputs(seed: int, doc_start, topk: int, dtype: torch.dtype = torch.float64):

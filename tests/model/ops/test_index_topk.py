@@ -45,7 +45,7 @@ def test_streaming_equals_reference(name, block):
     q, k, w = randn(1, (rows, 4, 8), (rows, 8), (rows, 4))
     for topk in (1, 5, rows - 1, rows, rows + 9):
         found = index_topk(q, k, w, doc_start, topk, block=block)
-        assert found.dtype == torch.int64
+        assert found.dtype == torch.int32
         assert torch.equal(found, ref.index_topk(q, k, w, doc_start, topk)), topk
 
 
@@ -113,6 +113,32 @@ def test_memory_does_not_grow_with_the_square(block):
     with LargestTensor() as largest:
         index_topk(q, k, w, make_doc_start((rows,)), 16, block=block)
     assert 0 < largest.elements < rows * rows
+
+
+@pytest.mark.parametrize("block", [None, 7])
+@pytest.mark.parametrize("rows", [slice(0, 20), slice(20, 63), "zigzag"])
+def test_the_queries_of_one_rank_against_all_keys(rows, block):
+    doc_start = make_doc_start((17, 1, 40), padding=5)
+    q, k, w = integers(8, (63, 3, 4), (63, 4), (63, 3), high=3)
+    at = torch.tensor([*range(10), *range(50, 63)]) if rows == "zigzag" else torch.arange(63)[rows]
+    found = index_topk(q[at], k, w[at], doc_start[at], 8, q_pos=at, block=block)
+    assert torch.equal(found, ref.index_topk(q, k, w, doc_start, 8)[at])
+
+
+@pytest.mark.parametrize("rows", [700, 3001])
+@pytest.mark.parametrize("kind", ["normal", "clustered", "plateau", "rising"])
+def test_every_way_through_the_selection(kind, rows):
+    """Rows far longer than k, where a folded row bounds the border: candidates in few groups, ties by the hundred."""
+    topk = 9
+    (q,), k = integers(9, (rows, 1, 1), high=1), torch.ones(rows, 1)
+    k = {
+        "normal": randn(10, (rows, 1))[0].detach().float().abs(),
+        "clustered": (torch.arange(rows)[:, None] % 64 == 5) * (1.0 + torch.arange(rows)[:, None] / rows),
+        "plateau": integers(11, (rows, 1), high=2)[0],
+        "rising": torch.arange(rows)[:, None].float(),
+    }[kind]
+    q, w, doc_start = q.abs() + 1, torch.ones(rows, 1), make_doc_start((rows // 2, 3, rows - rows // 2 - 3))
+    assert torch.equal(index_topk(q, k, w, doc_start, topk), ref.index_topk(q, k, w, doc_start, topk))
 
 
 def test_scores_in_fp64():

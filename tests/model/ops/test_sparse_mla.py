@@ -7,8 +7,9 @@ from torch import Tensor
 from model.ops.index_topk import index_topk
 from model.ops.mla_dense import mla_dense
 from model.ops.mla_dense import reference as dense_ref
+from model.ops.settings import OpSettings
 from model.ops.sparse_mla import reference as ref
-from model.ops.sparse_mla import sparse_mla
+from model.ops.sparse_mla import sparse_mla as op
 from tests.model.ops.cases import (
     LAYOUTS,
     LargestTensor,
@@ -21,6 +22,14 @@ from tests.model.ops.cases import (
 
 SCALE, VALUE_DIM, DIM, HEADS = 0.35, 5, 8, 3
 BLOCKS = [None, 1, 7, 1000]
+
+
+def sparse_mla(q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, **options) -> tuple[Tensor, Tensor]:
+    """The op on queries that are in the latent space already: W_UK is the identity."""
+    w_uk = torch.eye(value_dim, dtype=q.dtype).expand(q.shape[1], -1, -1)
+    split = q[..., :value_dim], q[..., value_dim:], w_uk, kv[:, :value_dim], kv[:, value_dim:]
+    found = op(*split, idx, scale, **options)
+    return found.out, found.lse
 
 
 def select(seed: int, doc_start: Tensor, topk: int) -> Tensor:
@@ -124,8 +133,7 @@ def test_large_finite_logits_stay_finite():
 
 def absorbed(q_nope, q_rope, latent, k_rope, w_uk, w_uv, idx) -> Tensor:
     """Sparse form: queries go down to the latent space, the output comes up from it."""
-    q = torch.cat([torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope], dim=-1)
-    out, _ = sparse_mla(q, torch.cat([latent, k_rope], dim=-1), idx, SCALE, latent.shape[-1])
+    out = op(q_nope, q_rope, w_uk, latent, k_rope, idx, SCALE).out
     return torch.einsum("thc,hvc->thv", out, w_uv)
 
 
@@ -158,6 +166,63 @@ def test_dense_equals_sparse_when_topk_covers_the_sequence(dtype):
         assert_same_gradients(lambda *a, idx=idx: absorbed(*a, idx), lambda *a: decompressed(*a, doc_start), inputs)
     narrow = absorbed(*inputs, select(15, doc_start, 8))
     assert (narrow - decompressed(*inputs, doc_start)).abs().max() > 0.01  # the selection does bind below that
+
+
+@pytest.mark.parametrize("workspace", [1, 1 << 12, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_absorption_block_by_block_equals_absorption_at_once(dtype, workspace):
+    """Any workspace, down to one row a chunk, gives every gradient of the op's own W_UK, rope and latent parts."""
+    doc_start = make_doc_start((25, 1, 14), padding=3)
+    inputs = randn(18, (43, HEADS, 6), (43, HEADS, 4), (HEADS, 6, 7), (43, 7), (43, 4), dtype=dtype)
+    idx = select(19, doc_start, 9)
+
+    def at_once(q_nope, q_rope, w_uk, latent, k_rope) -> Tensor:
+        q = torch.cat([torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope], dim=-1)
+        return ref.sparse_mla(q, torch.cat([latent, k_rope], dim=-1), idx, SCALE, 7)[0]
+
+    settings = OpSettings(workspace=workspace)
+    assert_close(op(*inputs, idx, SCALE, settings=settings).out, at_once(*inputs))
+    assert_same_gradients(lambda *a: op(*a, idx, SCALE, settings=settings).out, at_once, inputs)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_target_is_the_mean_of_the_heads_probabilities(name):
+    doc_start = layout(name)
+    q, kv = make_inputs(20, len(doc_start))
+    idx = select(21, doc_start, 9)
+    w_uk = torch.eye(VALUE_DIM, dtype=q.dtype).expand(HEADS, -1, -1)
+    parts = q[..., :VALUE_DIM], q[..., VALUE_DIM:], w_uk, kv[:, :VALUE_DIM], kv[:, VALUE_DIM:]
+    target = op(*parts, idx, SCALE, target=True).target
+    chosen = idx.clamp(min=0).long()[:, None].expand(-1, HEADS, -1)
+    logits = torch.einsum("thd,sd->ths", q, kv).mul(SCALE).gather(2, chosen)
+    empty = (idx < 0)[:, None]
+    share = (logits - logits.masked_fill(empty, -torch.inf).logsumexp(-1, keepdim=True)).exp()
+    assert target is not None and not target.requires_grad
+    assert_close(target, share.masked_fill(empty, 0.0).mean(1).nan_to_num(0.0))
+    assert op(*parts, idx, SCALE).target is None
+
+
+def test_saved_for_backward_is_neither_absorbed_nor_gathered():
+    """Nothing of [T, H, C + rope] beside the output, nothing of [T, k, C], and no probabilities."""
+    rows, latent = 64, 32
+    inputs = randn(22, (rows, HEADS, 4), (rows, HEADS, 2), (HEADS, 4, latent), (rows, latent), (rows, 2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        op(*inputs, select(23, make_doc_start((rows,)), 16), SCALE, target=True)
+    made = [(rows, 16), (rows, HEADS, latent), (rows, HEADS)]  # indices, output, log-sum-exp
+    assert sorted(saved) == sorted([*(tuple(t.shape) for t in inputs), *made])
+
+
+def test_twenty_repeats_are_equal():
+    inputs = randn(24, (200, HEADS, 4), (200, HEADS, 2), (HEADS, 4, 8), (200, 8), (200, 2), dtype=torch.float32)
+    idx = select(25, make_doc_start((150, 50)), 16)
+
+    def run() -> list[Tensor]:
+        out = op(*inputs, idx, SCALE).out
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(19) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("block", [None, 16])
