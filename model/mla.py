@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from model.indexer import LightningIndexer
 from model.layers import RMSNorm
-from model.ops.common import IndexKL, with_gradients
+from model.ops.common import IndexKL, compute_dtype, no_autocast, with_gradients
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
 from model.ops.index_topk import index_topk
@@ -107,8 +107,14 @@ class MLA(nn.Module):
         )
 
     def absorb(self, p: Projected) -> tuple[Tensor, Tensor]:
-        """Queries [..., H, C + rope] in the latent space and the shared rows [..., C + rope]."""
-        return torch.cat([self.kv_b_proj(p.q_nope, "query"), p.q_rope], -1), torch.cat([p.latent, p.k_rope], -1)
+        """Queries [..., H, C + rope] in the latent space and the shared rows [..., C + rope], for decoding.
+
+        In fp32 whatever autocast says, as sparse_mla absorbs: rounding here alone would set rollout and trainer apart.
+        """
+        dtype = compute_dtype(p.q_nope, p.latent)
+        with no_autocast(p.latent):
+            q = torch.einsum("...hn,hnc->...hc", p.q_nope.to(dtype), self.kv_b_proj(None, "key_weight").to(dtype))
+            return torch.cat([q, p.q_rope.to(dtype)], -1), torch.cat([p.latent, p.k_rope], -1)
 
     def output(self, latent_out: Tensor) -> Tensor:
         """[..., H, C] attention output in the latent space -> [..., D]."""
