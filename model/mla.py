@@ -41,17 +41,14 @@ class KVUpProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.heads * (self.nope + self.v), config.kv_lora_rank))
 
     def forward(self, x: Tensor | None, form: str) -> Tensor:
-        """`expand`: latent [..., C] -> [..., H, nope + v]; `query`: q_nope [..., H, nope] -> [..., H, C];
-        `value`: latent output [..., H, C] -> [..., H, v]; `key_weight`: W_UK itself [H, nope, C], for an op that
-        absorbs its queries block by block (x None)."""
+        """`expand`: latent [..., C] -> [..., H, nope + v]; `value`: latent output [..., H, C] -> [..., H, v];
+        `key_weight`: W_UK itself [H, nope, C], for those who absorb queries in their own precision (x None)."""
         w_uk, w_uv = self.weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
         if form == "key_weight":
             return w_uk
         assert x is not None
         if form == "expand":
             return nn.functional.linear(x, self.weight).unflatten(-1, (self.heads, self.nope + self.v))
-        if form == "query":
-            return torch.einsum("...hn,hnc->...hc", x, w_uk)
         assert form == "value", form
         return torch.einsum("...hc,hvc->...hv", x, w_uv)
 
