@@ -130,8 +130,8 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class OpsConfig:
-    workspace_mib: int = 256  # what one attention op may hold beside its inputs, outputs and gradients
-    deterministic: bool = False  # Triton: backward adds in a fixed order instead of with atomics (torch always does)
+    workspace_mib: int | None = None  # of one op beside inputs, outputs, gradients; default 256 on a CPU, 2048 on a GPU
+    deterministic: bool = False  # Triton: backward adds in a fixed order instead of with atomics (torch does)
     fp8_index: bool = False  # select with scores in FP8 (Hadamard, e4m3, power-of-two scales), as V3.2 infers
 
 
@@ -174,7 +174,7 @@ class RunConfig:
     output_dir: str
     init_from: str | None = None
     resume: str = "auto"  # auto | never (a folder that holds a run is then refused)
-    kernels: str = "auto"  # of the attention ops: torch | triton | cudnn; auto: torch
+    kernels: str = "auto"  # of the attention ops: torch | triton | cudnn; auto: triton on a GPU, torch elsewhere
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -76,7 +76,7 @@ NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which value
     "parallel.cp": (lambda value: value > 1, "parallel.cp=1"),
     "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
     "precision.name": (lambda value: value == "fp8", "precision=bf16 or precision=fp32"),
-    "kernels": (lambda value: value in ("triton", "cudnn"), "kernels=auto or kernels=torch"),
+    "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
     # the trainer's log-probs are those of the whole distribution at temperature 1: another sampler would be off policy
     "rl.temperature": (lambda value: value > 0 and value != 1, "rl.temperature=1"),
     "rl.top_p": (lambda value: 0 < value < 1, "rl.top_p=1"),

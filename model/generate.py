@@ -17,6 +17,7 @@ from torch import Tensor
 from model.mla import MLA
 from model.moe import MoE
 from model.ops.common import no_autocast, topk_indices, topk_mask
+from model.ops.index_topk.fp8 import rounded
 from model.rope import rope_table
 from model.transformer import Layer, Transformer
 
@@ -50,6 +51,9 @@ def _attend(
     at = positions.unsqueeze(-1)
     cache.kv.scatter_(1, at.expand_as(kv), kv.to(cache.kv.dtype))
     q_index, k_index, w = mla.indexer(x, p.q_latent, *table)
+    q_index, k_index = q_index.float(), k_index.float()
+    if mla.settings.fp8_index:
+        q_index, k_index = rounded(q_index), rounded(k_index)
     cache.index_k.scatter_(1, at.expand_as(k_index), k_index)
     length = int(positions.max()) + 1
     rows, index_rows = cache.kv[:, :length], cache.index_k[:, :length]

@@ -29,12 +29,13 @@ class LightningIndexer(nn.Module):
     def forward(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., D] (after the input norm), q_latent [..., q_lora_rank], cos/sin [..., rope/2].
 
-        Returns fp32 q [..., Hi, di], k [..., di] and w [..., Hi] with both scales (Hi^-0.5, di^-0.5) folded in.
+        Returns q [..., Hi, di] and k [..., di] in the dtype that the projections run in (norm and RoPE are fp32), and
+        fp32 w [..., Hi] with both scales (Hi^-0.5, di^-0.5) folded in.
         """
-        q = self._rotate(self.wq_b(q_latent).float().unflatten(-1, (self.heads, self.dim)), cos, sin)
-        key = self.wk(x).float()
+        query, key = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), self.wk(x)
         with no_autocast(x):
-            k = self._rotate(self.k_norm(key), cos, sin)
+            q = self._rotate(query.float(), cos, sin).to(query.dtype)
+            k = self._rotate(self.k_norm(key.float()), cos, sin).to(key.dtype)
             # parameter and product stay in fp32, whatever the rest of the model runs in
             w = F.linear(x.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)
         return q, k, w

@@ -65,7 +65,7 @@ class Projected(NamedTuple):
 
 
 class Indexed(NamedTuple):
-    """The indexer's q [T, Hi, di], k [T, di] and scaled head weights w [T, Hi], all fp32."""
+    """The indexer's q [T, Hi, di], k [T, di] and scaled fp32 head weights w [T, Hi]."""
 
     q: Tensor
     k: Tensor

@@ -62,7 +62,7 @@ class RunContext:
         self.folder, self.resumed = Path(config.output_dir), resumed
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
-        self.ops = op_settings(config)
+        self.ops = op_settings(config, self.device)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.stop_asked = False
@@ -149,7 +149,9 @@ class RunContext:
             load_weights(net, self.source, torch.float32, seed=seed, progress=self.listed("reading weights"))
         net.activation_checkpointing = self.config.train.activation_checkpointing
         net.use(self.ops)
-        self.say(f"attention ops: {self.ops.backend} on {self.device.type}, workspace {self.ops.workspace >> 20} MiB")
+        asked = f" (kernels={self.config.kernels})" if self.config.kernels != self.ops.backend else ""
+        where = f"{self.ops.backend}{asked} on {self.device.type}"
+        self.say(f"attention ops: {where}, workspace {self.ops.workspace >> 20} MiB")
         return net.to(self.device)
 
     def restore(self, engine: Engine) -> TrainState:

@@ -6,9 +6,13 @@ was filled in from there, so that a newer finished run under `runs/` does not be
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from conf.convert import redacted, to_dict
 from conf.errors import UserError
@@ -18,6 +22,7 @@ from model.ops.settings import OpSettings
 from train.stages import STAGES, Stage, resolve_rates
 
 RUNS = Path("runs")
+WORKSPACE_MIB = {"cpu": 256, "cuda": 2048}  # a GPU needs larger chunks to fill it
 MAY_DIFFER = ("index_n_heads", "index_head_dim", "index_topk", "mtp")  # from the checkpoint that init_from names
 
 
@@ -45,10 +50,32 @@ def resolve(config: RunConfig, overrides: frozenset[str], stored: RunConfig | No
     return replace(config, init_from=init_from, model=model, data=data, optim=optim)
 
 
-def op_settings(config: RunConfig) -> OpSettings:
-    """How the attention ops run. `kernels` is auto or torch here: conf/validate.py refuses the rest."""
-    ops = config.ops
-    return OpSettings("torch", ops.workspace_mib << 20, ops.deterministic, ops.fp8_index)
+def op_settings(config: RunConfig, device: torch.device) -> OpSettings:
+    """How the attention ops run on `device`: kernels=auto is triton where it can run, and torch elsewhere.
+
+    UserError where kernels=triton cannot run. conf/validate.py refuses cudnn.
+    """
+    ops, hindrance = config.ops, no_triton(device)
+    if config.kernels == "triton" and hindrance is not None:
+        raise UserError(f"kernels=triton cannot run here, {hindrance}: use kernels=auto or kernels=torch")
+    backend = config.kernels
+    if backend == "auto":
+        backend = "torch" if hindrance is not None or device.type != "cuda" else "triton"
+    workspace = ops.workspace_mib or WORKSPACE_MIB[device.type]
+    return OpSettings(backend, workspace << 20, ops.deterministic, ops.fp8_index)
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`; None if they can. Under TRITON_INTERPRET=1 they run anywhere, some
+    thousand times slower: for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"its device is {device.type} and they need a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"its GPU has compute capability {major}.{minor} and they need 8.0"
 
 
 def finished_runs(root: Path = RUNS) -> dict[Path, str]:

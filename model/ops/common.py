@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.ops.settings import DEFAULT, OpSettings
 
-MAX_ROWS = 256  # more query rows in a block gain nothing
+MAX_ROWS = 256  # of a block in plain torch on a GPU: more gain nothing
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,22 @@ def query_blocks(
     bytes_per_pair: int,
     settings: OpSettings = DEFAULT,
     block: int | None = None,
-    cpu_rows: int = MAX_ROWS,
+    most: int = MAX_ROWS,
 ) -> Iterator[Block]:
     """Cuts the rows of `doc_start` [R] into blocks whose workspace (rows x keys x `bytes_per_pair`) fits the budget.
 
-    A block has at least one row and at most MAX_ROWS (on CPU `cpu_rows`: there a block should stay in the caches). A
-    fixed `block` overrides all. Blocks that hold padding alone are left out.
+    A block has at least one row and at most `most` (on CPU few: there a block should stay in the caches). A fixed `block`
+    overrides all. Blocks that hold padding alone are left out.
     """
     first, last = doc_start.tolist(), positions(doc_start, q_pos).tolist()
     total, row = len(first), 0
     while row < total:
         rows = block
         if rows is None:
-            ahead = min(row + MAX_ROWS, total) - 1
+            ahead = min(row + most, total) - 1
             row_bytes = bytes_per_pair * max(1, last[ahead] + 1 - min(first[row], last[row]))
             rows = settings.workspace // row_bytes
-            rows = max(1, min(rows, cpu_rows if doc_start.device.type == "cpu" else MAX_ROWS))
+            rows = max(1, min(rows, most))
         stop = min(row + rows, total)
         seen = [t for t in range(row, stop) if first[t] <= last[t]]
         if seen:

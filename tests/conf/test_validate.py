@@ -49,8 +49,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1 or 2"),
         ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
         ("precision=fp8", "precision.name=fp8 is not supported yet: use precision=bf16 or precision=fp32"),
-        ("kernels=triton", "kernels=triton is not supported yet: use kernels=auto or kernels=torch"),
-        ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto or kernels=torch"),
+        ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto, kernels=triton or kernels=torch"),
         (
             "ops.fp8_index=true model.index_head_dim=48",
             "ops.fp8_index=true cannot take model.index_head_dim=48: one scale covers at most 128 channels and the"

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.index_topk.kernel import load_keys, load_queries, score_tile
+from model.ops.mla_dense.kernel import LOG2_E, logits_tile, split_width, visible_keys
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 FILL_WIDTH = tl.constexpr(512)
 
 
@@ -53,17 +53,6 @@ def backward_config(heads: int, itemsize: int) -> tuple[Config, Config]:
     if itemsize > 2:
         return Config(_rows_for(32, heads), 32, 4, 2), Config(_rows_for(32, heads), 32, 4, 2)
     return Config(_rows_for(128, heads), 128, 8, 2), Config(_rows_for(128, heads), 128, 8, 2)
-
-
-@triton.jit
-def visible_keys(first, last, rows, num_rows, key_start, key_stop):
-    """first, last [BLOCK] of `rows`, and the range of keys within [key_start, key_stop) that any of them sees."""
-    row_first = tl.load(first + rows, mask=rows < num_rows, other=1)
-    row_last = tl.load(last + rows, mask=rows < num_rows, other=0)
-    seeing = row_first <= row_last
-    start = tl.maximum(tl.min(tl.where(seeing, row_first, key_stop)), key_start)
-    stop = tl.minimum(tl.max(tl.where(seeing, row_last + 1, key_start)), key_stop)
-    return row_first, row_last, start, tl.maximum(stop, start)
 
 
 @triton.jit
@@ -148,16 +137,14 @@ def target_kernel(q, k, lse, first, last, out, scale, num_rows, num_keys, key_st
     if start < stop:
         main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 16)
         q_rows = q + rows[:, None].to(tl.int64) * HEADS * DIM
-        k_rows = k + keys[:, None].to(tl.int64) * HEADS * DIM
-        row_real, key_real = (rows < num_rows)[:, None], (keys < num_keys)[:, None]
+        k_rows = k + keys.to(tl.int64) * HEADS * DIM
+        row_real = (rows < num_rows)[:, None]
         for h in range(HEADS):
             q_tile = tl.load(q_rows + h * DIM + main[None, :], mask=row_real & (main < DIM)[None, :], other=0.0)
-            k_tile = tl.load(k_rows + h * DIM + main[None, :], mask=key_real & (main < DIM)[None, :], other=0.0)
-            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            q_rest = q_tile
             if REST:
-                q_tile = tl.load(q_rows + h * DIM + rest[None, :], mask=row_real & (rest < DIM)[None, :], other=0.0)
-                k_tile = tl.load(k_rows + h * DIM + rest[None, :], mask=key_real & (rest < DIM)[None, :], other=0.0)
-                logits = tl.dot(q_tile, tl.trans(k_tile), logits, input_precision="ieee")
+                q_rest = tl.load(q_rows + h * DIM + rest[None, :], mask=row_real & (rest < DIM)[None, :], other=0.0)
+            logits = logits_tile(q_tile, q_rest, k_rows + h * DIM, keys < num_keys, DIM, MAIN, REST)
             row_lse = tl.load(lse + h * num_rows + rows, mask=rows < num_rows, other=float("-inf"))
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # a row without keys has p = 0
             p += tl.exp2(logits * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
@@ -187,12 +174,10 @@ def target(
     width = key_stop - key_start
     out = torch.empty((num_rows, width), dtype=torch.float32, device=q.device)
     if out.numel():
-        main = max(16, triton.next_power_of_2(dim + 1) // 2)  # the largest power of two in dim
-        rest = max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
         grid = (triton.cdiv(num_rows, c.rows) * triton.cdiv(width, c.keys),)
         target_kernel[grid](
             q, k, lse.t().contiguous(), first, last, out, scale, num_rows, k.shape[0], key_start, key_stop, heads, dim,
-            main, rest, c.rows, c.keys, 8, num_warps=c.num_warps, num_stages=c.num_stages,
+            *split_width(dim), c.rows, c.keys, 8, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     return out
 

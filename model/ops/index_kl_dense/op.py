@@ -7,12 +7,22 @@ attention once.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from model.ops.common import IndexKL, no_autocast, with_gradients
 from model.ops.index_kl_dense import streaming
 from model.ops.settings import DEFAULT, OpSettings
+
+
+def _form(settings: OpSettings) -> ModuleType:
+    if settings.backend == "torch":
+        return streaming
+    from model.ops.index_kl_dense import chunked  # Triton is imported where it is asked for
+
+    return chunked
 
 
 def index_kl_dense(
@@ -39,9 +49,7 @@ def index_kl_dense(
     inputs = [q_index, k_index, w]
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.no_grad(), no_autocast(q):
-        if settings.backend != "torch":
-            raise NotImplementedError(f"index_kl_dense has no {settings.backend} backend yet: use torch")
-        out, sums, gradients = streaming.attend_and_learn(
+        out, sums, gradients = _form(settings).attend_and_learn(
             q, k, v, scale, q_index, k_index, w, doc_start, q_pos, topk, with_grad, settings, block
         )
     kl = sums.pop("kl")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.common import Block, Hidden, Scratch, compute_dtype, query_blocks, select_topk
+from model.ops.common import MAX_ROWS, Block, Hidden, Scratch, compute_dtype, query_blocks
+from model.ops.index_kl_dense.loss import learn_block, new_sums
 from model.ops.index_topk.streaming import index_scores_block
 from model.ops.settings import DEFAULT, OpSettings
 
@@ -45,12 +46,12 @@ def attend_and_learn(
     qi, ki, wi = (t.to(dtype) for t in (q_index, k_index, w))
     heads, index_heads = q.shape[1], q_index.shape[1]
     out = None if v is None else torch.zeros(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
-    names = ("kl", "kl_uniform", "rows", *(("mass", "oracle_mass") if topk is not None else ()))
-    sums = {name: torch.zeros((), dtype=dtype, device=q.device) for name in names}
+    sums = new_sums(topk, qi)
     gradients = (torch.zeros_like(qi), torch.zeros_like(ki), torch.zeros_like(wi)) if with_grad else None
     bytes_per_pair = dtype.itemsize * (7 + 2 * index_heads)
     scratch = Scratch(dtype, q.device)
-    for b in query_blocks(doc_start, q_pos, bytes_per_pair, settings, block, CPU_ROWS):
+    most = CPU_ROWS if q.device.type == "cpu" else MAX_ROWS
+    for b in query_blocks(doc_start, q_pos, bytes_per_pair, settings, block, most):
         hidden = Hidden(doc_start, q_pos, b)
         p = scratch("p", *b.shape).zero_()
         for h in range(heads):
@@ -64,18 +65,8 @@ def attend_and_learn(
         p /= heads
         scores, products = index_scores_block(qi[b.rows], ki[b.keys], wi[b.rows], scratch)
         hidden.fill(scores, -torch.inf)
-        log_student = hidden.fill(torch.log_softmax(scores, -1, out=scratch("softmax", *b.shape)), 0.0)
-        entropy = torch.xlogy(p, p, out=scratch("xlogy", *b.shape)).sum(-1)
-        cross = torch.linalg.vecdot(p, log_student)
-        sums["kl"] += (entropy - cross).sum()
-        sums["rows"] += (hidden.count > 0).sum()
-        sums["kl_uniform"] += (entropy + hidden.count.clamp(min=1).to(dtype).log())[hidden.count > 1].sum()
-        if topk is not None:
-            sums["mass"] += p.view(-1)[select_topk(scores, topk)[0]].sum()
-            # hidden keys have p = 0, which adds nothing when it is selected
-            sums["oracle_mass"] += p.view(-1)[select_topk(p, topk)[0]].sum()
+        d_scores = learn_block(sums, scores, p, hidden, topk, scratch)
         if gradients is not None:
-            d_scores = hidden.fill(log_student.exp_(), 0.0).sub_(p)
             _add_gradients(gradients, d_scores, products, qi[b.rows], ki[b.keys], wi[b.rows], b, scratch)
     return out, sums, gradients
 

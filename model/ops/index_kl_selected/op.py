@@ -71,6 +71,7 @@ def _triton(loss, q, k, w, idx, with_grad, settings, block):
     from model.ops.index_kl_selected import kernel
 
     gradients = None
+    q, k, w, idx = q.contiguous(), k.contiguous(), w.contiguous(), idx.int().contiguous()
     if with_grad:
         gradients = tuple(torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, w))
     rows = block or max(1, settings.workspace // (4 * 6 * idx.shape[1]))

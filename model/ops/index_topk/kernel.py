@@ -32,8 +32,12 @@ def default_config(heads: int, dim: int, itemsize: int, topk: int) -> Config:
     """Hopper: 256 columns a product (more reuse of a key tile than two queries give), two programs a multiprocessor."""
     columns = 256 if itemsize <= 2 and dim <= 128 else 64
     block_q = max(1, min(16, columns // triton.next_power_of_2(heads)))
-    capacity = max(1024, triton.next_power_of_2(2 * topk))
-    return Config(block_q, 64, capacity, 4, 3)
+    return Config(block_q, 64, scratch_bytes(topk) // 8, 4, 3)
+
+
+def scratch_bytes(topk: int) -> int:
+    """Of the candidates of one row under `default_config`: 8 bytes for each of at least 2 topk."""
+    return 8 * max(1024, triton.next_power_of_2(2 * topk))
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def _triton(q, k, w, doc_start, q_pos, topk, settings, block):
     from model.ops.index_topk import kernel
 
     first, last = doc_start.int(), positions(doc_start, q_pos).int()
-    k_scale = None
+    q, k, w, k_scale = q.contiguous(), k.contiguous(), w.contiguous(), None
     if settings.fp8_index:
         k, k_scale = quantise(hadamard(k.float()))
     row_bytes = kernel.scratch_bytes(topk) + 3 * 4 * q.shape[1] * q.shape[2]

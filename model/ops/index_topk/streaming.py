@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.common import Hidden, Scratch, compute_dtype, query_blocks, topk_indices
+from model.ops.common import MAX_ROWS, Hidden, Scratch, compute_dtype, query_blocks, topk_indices
 from model.ops.index_topk.fp8 import rounded
 from model.ops.settings import DEFAULT, OpSettings
 
@@ -62,7 +62,8 @@ def topk(
     if q.device.type == "cpu":
         product_bytes = min(product_bytes, PRODUCT_BYTES)
     # beside the products: the scores, a row's folded maxima and its candidates
-    for b in query_blocks(doc_start, q_pos, 4 * dtype.itemsize, settings, block, CPU_ROWS):
+    most = CPU_ROWS if q.device.type == "cpu" else MAX_ROWS
+    for b in query_blocks(doc_start, q_pos, 4 * dtype.itemsize, settings, block, most):
         q_b = q[b.rows].to(dtype)
         q_b = rounded(q_b) if settings.fp8_index else q_b
         scores = _scores(q_b, k[b.keys], w[b.rows].to(dtype), scratch, product_bytes)

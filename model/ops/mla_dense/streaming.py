@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.common import segments
+from model.ops.common import Hidden, compute_dtype, query_blocks, segments
+from model.ops.settings import OpSettings
 
 
 def mla_dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) -> Tensor:
@@ -29,3 +30,21 @@ def mla_dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) 
     if end < q.shape[2]:
         outputs.append(torch.zeros_like(v[:, :, end:]))
     return torch.cat(outputs, 2).squeeze(0).transpose(0, 1)[..., :value_dim]
+
+
+def with_lse(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float, q_pos: Tensor | None, settings: OpSettings
+) -> tuple[Tensor, Tensor]:
+    """mla_dense_lse over query blocks: one head at a time against all keys that the block sees."""
+    dtype = compute_dtype(q)
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for b in query_blocks(doc_start, q_pos, 3 * dtype.itemsize, settings):
+        hidden = Hidden(doc_start, q_pos, b)
+        for h in range(q.shape[1]):
+            logits = hidden.fill(q[b.rows, h].to(dtype) @ k[b.keys, h].to(dtype).T * scale, -torch.inf)
+            found = logits.logsumexp(-1, keepdim=True)
+            probabilities = hidden.fill(logits.sub_(found).exp_(), 0.0)  # -inf - -inf in a row that sees nothing
+            out[b.rows, h] = (probabilities @ v[b.keys, h].to(dtype)).to(q.dtype)
+            lse[b.rows, h] = found.squeeze(1)
+    return out, lse

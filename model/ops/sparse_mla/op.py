@@ -53,6 +53,7 @@ class _SparseMLA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_nope, q_rope, w_uk, latent, k_rope, idx, scale, target, settings, block):
         triton = settings.backend == "triton"
+        idx = idx.int() if triton else idx
         dtype = q_nope.dtype if triton else compute_dtype(q_nope, latent)
         rows, heads, value_dim = q_nope.shape[0], q_nope.shape[1], latent.shape[1]
         with no_autocast(q_nope):
@@ -99,7 +100,7 @@ class _SparseMLA(torch.autograd.Function):
 
                     d_q = kernel.backward(
                         q, kv, idx[part], out[part], lse[part], d_out_b, ctx.scale, d_kv,
-                        deterministic=ctx.settings.deterministic, workspace=ctx.settings.workspace,
+                        deterministic=ctx.settings.deterministic, workspace=ctx.settings.workspace // 2,
                     )  # fmt: skip
                 else:
                     d_q = streaming.backward(

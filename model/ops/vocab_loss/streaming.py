@@ -1,12 +1,17 @@
-"""Log-probabilities of given tokens from hidden states, chunked over rows: no [T, V] tensor in forward or backward.
+"""Log-probabilities of given tokens from hidden states, chunked over rows and vocabulary: no [T, V] tensor in forward or
+backward.
 
     logp[t] = logit[t, target] - logsumexp_v logit[t, v]        cross-entropy is -logp; GRPO's policy terms use logp
     itself
 
-Forward keeps one number a row (the log-sum-exp); backward makes each chunk of logits again.
+Forward runs an online log-sum-exp over tiles of the vocabulary and keeps one number a row; backward makes each tile of
+logits again. Tiles of many rows and part of the vocabulary, rather than few rows of all of it: the weight and its
+gradient pass through the caches once for every ROWS rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,25 +19,37 @@ from torch import Tensor
 from model.ops.common import compute_dtype, no_autocast
 
 IGNORE = -100
-CHUNK_BYTES = 16 << 20
+TILE_BYTES = 16 << 20  # of fp32 logits
+ROWS = 1024
+
+
+def _tiles(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, product: torch.dtype):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, tile: tuple[int, int], product: torch.dtype):
         dtype = compute_dtype(hidden, weight)
         rows = (targets != IGNORE).nonzero().squeeze(1)
         logp = torch.zeros(targets.shape[0], dtype=dtype, device=hidden.device)
         lse = torch.empty(rows.shape[0], dtype=dtype, device=hidden.device)
         with no_autocast(hidden):
             w = weight.to(product)
-            for start in range(0, rows.shape[0], chunk):
-                part = rows[start : start + chunk]
-                logits = (hidden[part].to(product) @ w.T).to(dtype)
-                lse[start : start + chunk] = logits.logsumexp(-1)
-                logp[part] = logits.gather(1, targets[part, None]).squeeze(1) - lse[start : start + chunk]
+            for part in _tiles(len(rows), tile[0]):
+                h, wanted = hidden[rows[part]].to(product), targets[rows[part]]
+                total = torch.full_like(wanted, -torch.inf, dtype=dtype)
+                chosen = torch.zeros_like(total)
+                for words in _tiles(len(w), tile[1]):
+                    logits = (h @ w[words].T).to(dtype)
+                    total = torch.logaddexp(total, logits.logsumexp(-1))
+                    here = (wanted >= words.start) & (wanted < words.stop)
+                    found = logits.gather(1, (wanted - words.start).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+                    chosen = torch.where(here, found, chosen)
+                lse[part] = total
+                logp[rows[part]] = chosen - total
         ctx.save_for_backward(hidden, weight, targets, rows, lse)
-        ctx.chunk, ctx.product = chunk, product
+        ctx.tile, ctx.product = tile, product
         return logp
 
     @staticmethod
@@ -43,27 +60,34 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if ctx.needs_input_grad[1] else None
         with no_autocast(hidden):
             w = weight.to(product)
-            for start in range(0, rows.shape[0], ctx.chunk):
-                part = rows[start : start + ctx.chunk]
-                h = hidden[part].to(product)
-                p = (h @ w.T).to(dtype).sub_(lse[start : start + ctx.chunk, None]).exp_()
-                g = d_logp[part, None]
-                d_logits = p.mul_(-g).scatter_add_(1, targets[part, None], g).to(product)
-                d_hidden[part] = (d_logits @ w).to(dtype)
-                if d_weight is not None:
-                    d_weight += (d_logits.T @ h).to(dtype)
+            for part in _tiles(len(rows), ctx.tile[0]):
+                h, wanted, upstream = hidden[rows[part]].to(product), targets[rows[part]], d_logp[rows[part], None]
+                total = torch.zeros(h.shape, dtype=dtype, device=h.device)
+                for words in _tiles(len(w), ctx.tile[1]):
+                    p = (h @ w[words].T).to(dtype).sub_(lse[part, None]).exp_()
+                    inside = ((wanted >= words.start) & (wanted < words.stop)).nonzero().squeeze(1)
+                    d_logits = p.mul_(-upstream)
+                    d_logits[inside, wanted[inside] - words.start] += upstream[inside, 0]
+                    narrow = d_logits.to(product)
+                    total += (narrow @ w[words]).to(dtype)
+                    if d_weight is not None:
+                        d_weight[words] += (narrow.T @ h).to(dtype)
+                d_hidden[rows[part]] = total
         return d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, vocab_chunk: int | None = None
+) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
-    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time; default by a byte
-    budget).
+    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time) and vocab_chunk (words at
+        a time; default: as many as make 16 MiB of logits).
     Returns: [T] fp32 (fp64 for fp64 inputs), 0 where masked. Under autocast the products run in autocast's dtype, the
     log-softmax in fp32.
     """
     device = hidden.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else compute_dtype(hidden, weight)
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _TokenLogprobs.apply(hidden, weight, targets, chunk, product)
+    chunk = chunk or ROWS
+    vocab_chunk = vocab_chunk or max(1, TILE_BYTES // (4 * max(1, min(chunk, len(targets)))))
+    return _TokenLogprobs.apply(hidden, weight, targets, (chunk, vocab_chunk), product)

@@ -1,0 +1,59 @@
+"""Dense attention and the warm-up loss through the Triton kernels, chunk by chunk of query rows.
+
+Flash attention gives the output and the log-sum-exp; then a chunk's scores and target are two kernels, the softmax and
+the KL a few operations of torch on [rows, keys], and the indexer's gradients two kernels more. A chunk costs one more
+product of queries and keys than the streaming form, and keeps every product on the tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.ops.common import Hidden, Scratch, positions, query_blocks
+from model.ops.index_kl_dense import kernel
+from model.ops.index_kl_dense.loss import learn_block, new_sums
+from model.ops.mla_dense import kernel as attention
+from model.ops.settings import OpSettings
+
+BYTES_PER_PAIR = 8 * 4  # scores, target, log-softmax, its gradient, and what the statistics select from
+MAX_ROWS = 4096
+
+
+def attend_and_learn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    scale: float,
+    q_index: Tensor,
+    k_index: Tensor,
+    w: Tensor,
+    doc_start: Tensor,
+    q_pos: Tensor | None,
+    topk: int | None,
+    with_grad: bool,
+    settings: OpSettings,
+    block: int | None = None,
+) -> tuple[Tensor | None, dict[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+    """As streaming.attend_and_learn; q, k and v of one dtype, q_index and k_index of one dtype."""
+    first, last = doc_start.int(), positions(doc_start, q_pos).int()
+    q, k, q_index, k_index, w = (t.contiguous() for t in (q, k, q_index, k_index, w))
+    values = k.new_empty(*k.shape[:2], 0) if v is None else v.contiguous()  # without values: the log-sum-exp alone
+    out, lse = attention.forward(q, k, values, scale, first, last)
+    sums = new_sums(topk, lse)
+    gradients = None
+    if with_grad:
+        d_q, d_k, d_w = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q_index, k_index, w))
+        gradients = d_q, d_k, d_w
+    scratch = Scratch(torch.float32, q.device)
+    for b in query_blocks(doc_start, q_pos, BYTES_PER_PAIR, settings, block, MAX_ROWS):
+        q_b, w_b, lse_b = q_index[b.rows], w[b.rows], lse[b.rows]
+        window = first[b.rows], last[b.rows], b.key_start, b.key_stop
+        scores = kernel.scores(q_b, k_index, w_b, *window)
+        p = kernel.target(q[b.rows], k, lse_b, scale, *window)
+        d_scores = learn_block(sums, scores, p, Hidden(doc_start, q_pos, b), topk, scratch)
+        if gradients is not None:
+            gradients[0][b.rows], gradients[2][b.rows] = kernel.backward(
+                q_b, k_index, w_b, d_scores, b.key_start, gradients[1]
+            )
+    return (None if v is None else out), sums, gradients
