@@ -174,4 +174,3 @@ def differences(stored: RunConfig, config: RunConfig, allowed: tuple[str, ...]) 
         for key in new
         if new[key] != old[key] and key not in allowed and not key.startswith(free)
     ]
-

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.generate import Decoder, generate, sample
+from model.ops.settings import OpSettings
 from tests.model.tiny import CONFIG, tiny_net
 
 PROMPTS = [[3, 5, 7], [11] * 17 + [2, 4, 9], [1, 2], list(range(20, 33))]
@@ -26,6 +27,20 @@ def test_reported_logprobs_are_those_of_the_full_forward(attention: str) -> None
         logp = net.logits(ids, attention=attention)[0].log_softmax(-1)[len(prompt) - 1 : -1]
         expected = logp.gather(1, torch.tensor(made.ids)[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(made.logprobs), expected, rtol=0, atol=2e-5)
+
+
+def test_decoding_selects_in_fp8_as_the_full_forward_does() -> None:
+    net = tiny_net()
+    net.use(OpSettings(fp8_index=True))
+    for prompt, made in zip(PROMPTS, run(net), strict=True):
+        logp = net.logits(torch.tensor([prompt + made.ids]), attention="sparse")[0].log_softmax(-1)[
+            len(prompt) - 1 : -1
+        ]
+        expected = logp.gather(1, torch.tensor(made.ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(made.logprobs), expected, rtol=0, atol=2e-5)
+    decoded = Decoder(net, 4, 40).prefill(PROMPTS)
+    net.use(OpSettings())
+    assert (Decoder(net, 4, 40).prefill(PROMPTS) - decoded).abs().max() > 1e-3  # another selection
 
 
 def test_prefill_in_chunks_equals_prefill_at_once(monkeypatch) -> None:

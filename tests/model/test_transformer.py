@@ -164,7 +164,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["warmup", "adapt"])
 def test_no_step_holds_a_tensor_of_length_squared_or_length_by_vocabulary(mode: str, monkeypatch) -> None:
-    monkeypatch.setattr("model.ops.vocab_loss.streaming.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("model.ops.vocab_loss.streaming.TILE_BYTES", 1 << 14)
     length = 1024
     config = dataclasses.replace(CONFIG, vocab_size=1024, num_hidden_layers=2)
     net = tiny_net(config)

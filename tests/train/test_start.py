@@ -6,17 +6,27 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from conf.convert import save_yaml
 from conf.errors import UserError
-from conf.schema import DataConfig, ModelConfig, OptimConfig, RopeConfig, RunConfig, TrackerConfig
+from conf.schema import DataConfig, ModelConfig, OpsConfig, OptimConfig, RopeConfig, RunConfig, TrackerConfig
 from model.hf import save_pretrained
 from tests.train import tiny
 from train.run import MAY_CHANGE
 from train.stages import STAGES
-from train.start import checkpoint_model, default_start, default_tokenizer, differences, resolve, weights_folder
+from train.start import (
+    checkpoint_model,
+    default_start,
+    default_tokenizer,
+    differences,
+    op_settings,
+    resolve,
+    weights_folder,
+)
 
 NONE: frozenset[str] = frozenset()
 
@@ -121,3 +131,43 @@ def test_differences_name_the_keys_but_those_that_may_change() -> None:
     assert differences(stored, changed, MAY_CHANGE) == []
     changed = replace(changed, optim=OptimConfig(lr=0.5), data=DataConfig(seq_len=64))
     assert differences(stored, changed, MAY_CHANGE) == ["data.seq_len=64 (was 512)", "optim.lr=0.5 (was None)"]
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def run_config(**fields: Any) -> RunConfig:
+    return RunConfig(stage="pretrain", output_dir="run", **fields)
+
+
+def test_the_backend_is_what_can_run_and_never_another_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert [op_settings(run_config(kernels="auto"), where).backend for where in (CPU, GPU)] == ["torch", "triton"]
+    assert [op_settings(run_config(kernels="torch"), where).backend for where in (CPU, GPU)] == ["torch", "torch"]
+    assert op_settings(run_config(kernels="triton"), GPU).backend == "triton"
+    use = ": use kernels=auto or kernels=torch"
+    with pytest.raises(
+        UserError, match=f"kernels=triton cannot run here, its device is cpu and they need a CUDA GPU{use}"
+    ):
+        op_settings(run_config(kernels="triton"), CPU)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=f"its GPU has compute capability 7.5 and they need 8.0{use}"):
+        op_settings(run_config(kernels="triton"), GPU)
+    assert op_settings(run_config(kernels="auto"), GPU).backend == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"triton is not installed{use}"):
+        op_settings(run_config(kernels="triton"), GPU)
+
+
+def test_the_interpreter_runs_triton_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert op_settings(run_config(kernels="triton"), CPU).backend == "triton"
+    assert op_settings(run_config(kernels="auto"), CPU).backend == "torch"
+
+
+def test_the_workspace_is_the_devices_own_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert [op_settings(run_config(), where).workspace >> 20 for where in (CPU, GPU)] == [256, 2048]
+    assert op_settings(run_config(ops=OpsConfig(workspace_mib=7)), GPU).workspace >> 20 == 7

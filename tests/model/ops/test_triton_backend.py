@@ -22,7 +22,7 @@ from model.ops.sparse_mla import sparse_mla  # isort: skip
 DOC_START = make_doc_start((9, 1, 23), padding=3).to(DEVICE)
 ROWS = len(DOC_START)
 RECTANGLES = {"whole": None, "late": torch.arange(14, ROWS), "zigzag": torch.tensor([*range(6), *range(25, ROWS)])}
-WORKSPACES = [1, 1 << 13, 1 << 28]
+WORKSPACES = [1, 1 << 13]  # one row at a time; several and a remainder
 # fp32: other orders of summation. bf16: the inputs are the same, but Triton also rounds the absorbed queries (2^-9 of
 # logits of about 5: 1% of a probability), one factor of each product, and the outputs.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-5}
@@ -57,7 +57,7 @@ def compare(run: Callable[[OpSettings], dict[str, Tensor]], workspace: int, dtyp
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("rectangle", RECTANGLES)
-@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("workspace", [1, 1 << 16])
 def test_index_topk(workspace, rectangle, fp8):
     """Small whole numbers: exact in every precision and full of ties, so the sets must be equal entry for entry."""
     q, k, w = (t.to(DEVICE) for t in integers(1, (ROWS, 3, 16), (ROWS, 16), (ROWS, 3)))
@@ -150,12 +150,13 @@ def test_index_kl_selected(workspace, dtype, deterministic):
 
 def test_twenty_repeats_are_equal():
     """The whole of a sparse layer in deterministic mode."""
-    settings = OpSettings("triton", 1 << 13, deterministic=True)
-    tensors = inputs(9, (ROWS, 3, 6), (ROWS, 3, 8), (3, 6, 16), (ROWS, 16), (ROWS, 8), dtype=torch.float32)
-    index = inputs(10, (ROWS, 4, 16), (ROWS, 16), (ROWS, 4), dtype=torch.float32)
+    settings = OpSettings("triton", 1 << 10, deterministic=True)
+    doc_start, rows = make_doc_start((5, 4)).to(DEVICE), 9
+    tensors = inputs(9, (rows, 2, 6), (rows, 2, 8), (2, 6, 16), (rows, 16), (rows, 8), dtype=torch.float32)
+    index = inputs(10, (rows, 2, 16), (rows, 16), (rows, 2), dtype=torch.float32)
 
     def run() -> list[Tensor]:
-        idx = index_topk(*(t.detach() for t in index), DOC_START, 7, settings=settings)
+        idx = index_topk(*(t.detach() for t in index), doc_start, 3, settings=settings)
         found = sparse_mla(*tensors, idx, 0.35, target=True, settings=settings)
         assert found.target is not None
         kl = index_kl_selected(found.target, idx, *index, settings=settings).kl_sum

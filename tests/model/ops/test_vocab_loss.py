@@ -47,7 +47,9 @@ def test_streaming_equals_reference(masked, words, chunk, dtype):
 
 def test_gradients_by_finite_differences():
     targets = torch.tensor([3, -100, 0, 4])
-    assert torch.autograd.gradcheck(lambda *a: token_logprobs(*a, targets, chunk=3, vocab_chunk=2), randn(4, (4, 3), (5, 3)))
+    assert torch.autograd.gradcheck(
+        lambda *a: token_logprobs(*a, targets, chunk=3, vocab_chunk=2), randn(4, (4, 3), (5, 3))
+    )
 
 
 def test_frozen_weight():
