@@ -58,7 +58,7 @@ def query_blocks(
 ) -> Iterator[Block]:
     """Cuts the rows of `doc_start` [R] into blocks whose workspace (rows x keys x `bytes_per_pair`) fits the budget.
 
-    A block has at least one row and at most `most` (on CPU few: there a block should stay in the caches). A fixed `block`
+    A block has at least one row and at most `most` (few on a CPU, where it should stay in the caches). A fixed `block`
     overrides all. Blocks that hold padding alone are left out.
     """
     first, last = doc_start.tolist(), positions(doc_start, q_pos).tolist()

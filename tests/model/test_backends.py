@@ -1,5 +1,6 @@
 """The whole model on the Triton kernels (in the interpreter, without a GPU) against plain torch: every output and every
-gradient of the four ways a step may run, packed and past index_topk. Conformance 1 to 6 of torch thereby hold for Triton.
+gradient of the four ways a step may run, packed and past index_topk. What torch's conformance tests show, this carries
+over to Triton.
 """
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from model.ops.settings import OpSettings
 from tests.model.test_transformer import MODES, total_loss

@@ -1,4 +1,4 @@
-"""The warm-up loss of one block of rows, from its scores and its target: sums, statistics, and dL/dI = softmax(I) - p."""
+"""The warm-up loss of one block of rows from its scores and its target: sums, statistics, dL/dI = softmax(I) - p."""
 
 from __future__ import annotations
 

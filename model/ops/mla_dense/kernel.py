@@ -1,9 +1,9 @@
-"""Dense attention with its log-sum-exp as a Triton kernel: flash attention forward (Dao 2023, algorithm 1), no backward.
+"""Dense attention with its log-sum-exp as a Triton kernel: flash attention's forward (Dao 2023, algorithm 1).
 
 For the dense warm-up, whose trunk has no gradient: the output goes on to the next layer and the log-sum-exp turns the
-logits of the loss's own pass into probabilities. Departures: query and key widths differ from the value's (192 and 128),
+logits of the loss's own pass into probabilities. Departures: queries and keys are wider than values (192 and 128), and
 every row has its own window [first, last] of keys, so that packed documents and a rank's queries among gathered keys
-are one case. Keys that all rows of a tile see are walked without a mask.
+are one case. Keys that all rows of a tile see are walked without a mask. There is no backward.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _walk(acc, total, top, q_main, q_rest, k, v, row_first, row_last, start, sto
 
 @triton.jit
 def forward_kernel(q, k, v, first, last, out, lse, scale, num_rows, num_keys,
-                   HEADS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, MAIN: tl.constexpr,
-                   REST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                   HEADS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+                   BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One tile of rows and one head."""
     h = tl.program_id(0) % HEADS
     # Under a causal mask the last rows see most: they go first, and the short ones fill the gaps at the end.

@@ -22,8 +22,8 @@ def mla_dense_lse(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention inside each document.
 
-    Args: q [R, H, Dqk], k [S, H, Dqk], v [S, H, Dv], doc_start [R], scale of the logits, q_pos [R]: positions of the rows
-        among the keys (context parallelism; default 0, 1, 2, ...).
+    Args: q [R, H, Dqk], k [S, H, Dqk], v [S, H, Dv], doc_start [R], scale of the logits, q_pos [R]: positions of the
+        rows among the keys (context parallelism; default 0, 1, 2, ...).
     Returns: out [R, H, Dv] in q's dtype, 0 in rows that see nothing, and the natural log-sum-exp of the scaled logits
         [R, H], fp32 (fp64 for fp64 inputs), there -inf.
     """

@@ -1,5 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, chunked over rows and vocabulary: no [T, V] tensor in forward or
-backward.
+"""Log-probabilities of given tokens from hidden states, chunked over rows and vocabulary: no [T, V] tensor, ever.
 
     logp[t] = logit[t, target] - logsumexp_v logit[t, v]        cross-entropy is -logp; GRPO's policy terms use logp
     itself
@@ -81,8 +80,8 @@ def token_logprobs(
 ) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
-    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time) and vocab_chunk (words at
-        a time; default: as many as make 16 MiB of logits).
+    Args: hidden [T, D], weight [V, D], targets [T] int64 (-100: masked), chunk (rows at a time) and vocab_chunk (words
+        at a time; default: as many as make 16 MiB of logits).
     Returns: [T] fp32 (fp64 for fp64 inputs), 0 where masked. Under autocast the products run in autocast's dtype, the
     log-softmax in fp32.
     """

@@ -1,5 +1,5 @@
-"""FP8 scoring: Hadamard and quantisation against independent definitions, and scores and selected sets of the op against
-an emulation of DeepSeek-V3.2's inference path in numpy, written from its description alone."""
+"""FP8 scoring: Hadamard and quantisation against independent definitions, and the op's selected sets against an
+emulation of DeepSeek-V3.2's inference path in numpy, written from its description alone."""
 
 from __future__ import annotations
 

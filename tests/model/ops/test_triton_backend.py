@@ -12,11 +12,11 @@ from torch import Tensor
 from tests.model.ops.cases import integers, make_doc_start, randn
 from tests.model.ops.interpreter import DEVICE, poison_allocations
 
-from model.ops.index_kl_dense import index_kl_dense
-from model.ops.index_kl_selected import index_kl_selected
-from model.ops.index_topk import index_topk
-from model.ops.mla_dense import mla_dense_lse
-from model.ops.settings import OpSettings
+from model.ops.index_kl_dense import index_kl_dense  # isort: skip  (after the helper: it chooses the interpreter)
+from model.ops.index_kl_selected import index_kl_selected  # isort: skip
+from model.ops.index_topk import index_topk  # isort: skip
+from model.ops.mla_dense import mla_dense_lse  # isort: skip
+from model.ops.settings import OpSettings  # isort: skip
 from model.ops.sparse_mla import sparse_mla  # isort: skip
 
 DOC_START = make_doc_start((9, 1, 23), padding=3).to(DEVICE)
