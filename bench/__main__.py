@@ -2,8 +2,10 @@
 
 import sys
 
-import bench.length  # noqa: F401  (each registers itself)
+import bench.layer  # noqa: F401  (each registers itself)
+import bench.length  # noqa: F401
 import bench.memory  # noqa: F401
+import bench.oracle  # noqa: F401
 from bench.registry import BENCHMARKS, run
 
 if __name__ == "__main__":

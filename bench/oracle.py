@@ -1,0 +1,113 @@
+"""transformers' DeepseekV32ForCausalLM against ours on the same weights: forward and backward of the LM loss.
+
+A tiny model (3 layers, 64 wide, k = 256) written by us in V3.2's format and read by both. Every contestant and length is
+a process of its own, on one thread: CPU time of the step and the high-water mark it adds. Ours takes the indexer's loss
+and gradients in the same step; transformers does not train its indexer at all.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.memory import apart, tiny
+from bench.registry import benchmark
+from conf.schema import ModelConfig
+from model import Transformer, from_pretrained, save_pretrained
+
+LENGTHS = (4096, 8192)
+MIN_SPEEDUP, MAX_MEMORY_SHARE = 10.0, 1 / 20  # the latter at the last length
+MAX_LOSS_ERROR = 1e-5  # relative; ties on the border of a selection, which transformers breaks at random, stay below
+MIB = 2**20
+
+
+def oracle_model() -> ModelConfig:
+    return replace(
+        tiny(), hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0, index_topk=256, vocab_size=512,
+        max_position_embeddings=LENGTHS[-1],
+    )  # fmt: skip
+
+
+def _tokens(length: int) -> torch.Tensor:
+    return torch.randint(0, oracle_model().vocab_size, (length + 1,), generator=torch.Generator().manual_seed(length))
+
+
+def ours(folder: Path, length: int) -> dict[str, Any]:
+    net = from_pretrained(folder, dtype=torch.float32)
+
+    def step(tokens: torch.Tensor) -> float:
+        ids, rows = tokens[:-1], len(tokens) - 1
+        positions, doc_start = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+        masked = torch.full_like(ids, -100)
+        out = net(
+            ids, tokens[1:], tokens[1:], masked, positions, doc_start, attention="sparse", indexer_loss="selected"
+        )
+        assert out.token_logprobs is not None and out.indexer_kl is not None
+        loss = -out.token_logprobs.sum() / rows
+        (loss + out.indexer_kl.sum() / rows).backward()
+        return loss.item()
+
+    return _measure(step, length)
+
+
+def theirs(folder: Path, length: int) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    net.train()
+
+    def step(tokens: torch.Tensor) -> float:
+        loss = net(input_ids=tokens[None, :-1], shift_labels=tokens[None, 1:], labels=tokens[None, :-1]).loss
+        loss.backward()
+        return float(loss)
+
+    return _measure(step, length)
+
+
+def _measure(step: Any, length: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    step(_tokens(64))  # loads what is loaded once
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    loss = step(_tokens(length))
+    seconds = time.process_time() - start
+    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {"cpu_seconds": round(seconds, 2), "extra_bytes": extra, "loss": loss}
+
+
+@benchmark
+def oracle() -> dict[str, Any]:
+    """Our step against transformers' with the same weights at 4K and 8K, one thread."""
+    config = oracle_model()
+    net = Transformer(config)
+    net.init_weights(0)
+    rows, passed = [], True
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(net, folder)
+        for length in LENGTHS:
+            mine, other = (apart("bench.oracle", who, folder, str(length)) for who in ("ours", "theirs"))
+            row = {"T": length, "ours": mine, "transformers": other}
+            row["speedup"] = round(other["cpu_seconds"] / mine["cpu_seconds"], 1)
+            row["memory_share"] = round(mine["extra_bytes"] / other["extra_bytes"], 4)
+            row["loss_error"] = abs(mine["loss"] - other["loss"]) / abs(other["loss"])
+            print(
+                f"T={length}: {mine['cpu_seconds']} CPU s and {mine['extra_bytes'] / MIB:.0f} MiB extra against "
+                f"{other['cpu_seconds']} and {other['extra_bytes'] / MIB:.0f}: {row['speedup']}x faster, "
+                f"1/{1 / row['memory_share']:.0f} of the memory; losses {row['loss_error']:.1e} apart",
+                flush=True,
+            )
+            passed = passed and row["speedup"] >= MIN_SPEEDUP and row["loss_error"] <= MAX_LOSS_ERROR
+            rows.append(row)
+    passed = passed and rows[-1]["memory_share"] <= MAX_MEMORY_SHARE
+    return {"config": {"model": asdict(config), "threads": 1}, "rows": rows, "passed": passed}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
