@@ -1,6 +1,6 @@
-"""The attention of one layer, forward and backward: sparse with its indexer and loss, and the warm-up, against dense SDPA.
+"""The attention of one layer, forward and backward: sparse with indexer and loss, and the warm-up, against dense SDPA.
 
-Side by side in one process on one thread, the contestants taking turns, the least CPU time of each: this machine's speed
+Side by side in one process on one thread, the contestants taking turns, the least CPU time of each: a machine's speed
 drifts, ratios within a turn hardly do. Extra memory is a process's high-water mark above that of its inputs.
 """
 

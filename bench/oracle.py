@@ -1,8 +1,8 @@
 """transformers' DeepseekV32ForCausalLM against ours on the same weights: forward and backward of the LM loss.
 
-A tiny model (3 layers, 64 wide, k = 256) written by us in V3.2's format and read by both. Every contestant and length is
-a process of its own, on one thread: CPU time of the step and the high-water mark it adds. Ours takes the indexer's loss
-and gradients in the same step; transformers does not train its indexer at all.
+A tiny model (3 layers, 64 wide, k = 256) written by us in V3.2's format and read by both. Every contestant and length
+is a process of its own, on one thread: CPU time of the step and the high-water mark it adds. Ours takes the loss
+and gradients of the indexer in the same step; transformers does not train its indexer at all.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MIB = 2**20
 
 def oracle_model() -> ModelConfig:
     return replace(
-        tiny(), hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0, index_topk=256, vocab_size=512,
-        max_position_embeddings=LENGTHS[-1],
+        tiny(), hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0, index_n_heads=4, index_topk=256,
+        vocab_size=512, max_position_embeddings=LENGTHS[-1],
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def theirs(folder: Path, length: int) -> dict[str, Any]:
     def step(tokens: torch.Tensor) -> float:
         loss = net(input_ids=tokens[None, :-1], shift_labels=tokens[None, 1:], labels=tokens[None, :-1]).loss
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     return _measure(step, length)
 
