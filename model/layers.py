@@ -1,4 +1,7 @@
-"""The small parts: RMSNorm, the gated MLP, and the output head that never makes [T, V]."""
+"""The small parts: RMSNorm, the gated MLP, and the output head that never makes [T, V].
+
+Norm and gate have their own backward, which recomputes what plain autograd would keep.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops.common import compute_dtype
 from model.ops.vocab_loss import token_logprobs
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number a row, not the normalised rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(compute_dtype(x))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        normal = x.to(scale.dtype) * scale
+        d_x = d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (d_out * normal.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            d_normal = (d_out * weight).to(scale.dtype)
+            d_x = (scale * (d_normal - normal * (d_normal * normal).mean(-1, keepdim=True))).to(x.dtype)
+        return d_x, d_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(d_out * up, gate), d_out * F.silu(gate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return _SwiGLU.apply(gate, up)
 
 
 class RMSNorm(nn.Module):
@@ -18,8 +63,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -32,7 +76,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LMHead(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from model.layers import MLP
+from model.layers import MLP, swiglu
 from model.ops.common import no_autocast
 
 
@@ -74,7 +74,7 @@ class Experts(nn.Module):
         outputs = []
         # unbind, not indexing: its backward stacks the slices once instead of adding E full-size tensors
         for part, w1, w2, w3 in zip(x.split(counts), self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True):
-            outputs.append(F.linear(F.silu(F.linear(part, w1)) * F.linear(part, w3), w2))
+            outputs.append(F.linear(swiglu(F.linear(part, w1), F.linear(part, w3)), w2))
         return torch.cat(outputs)
 
 
