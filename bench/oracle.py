@@ -1,8 +1,8 @@
 """transformers' DeepseekV32ForCausalLM against ours on the same weights: forward and backward of the LM loss.
 
-A tiny model (3 layers, 64 wide, k = 256, with 4 index heads and with 16) written by us in V3.2's format and read by both. Every contestant and length
-is a process of its own, on one thread: CPU time of the step and the high-water mark it adds. Ours takes the loss
-and gradients of the indexer in the same step; transformers does not train its indexer at all.
+A tiny model (3 layers, 64 wide, k = 256, with 4 index heads and with 16) written by us in V3.2's format and read by
+both. Every contestant and length is a process of its own, on one thread: CPU time of the step and the high-water mark
+it adds. Ours takes the indexer's loss and gradients in the same step; transformers does not train its indexer at all.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from model import Transformer, from_pretrained, save_pretrained
 
 LENGTHS = (4096, 8192)
 MIN_SPEEDUP, MAX_MEMORY_SHARE = 10.0, 1 / 20  # the latter at the last length
-# Relative. With 4 index heads relu leaves many exact zeros, and transformers breaks such ties on the border of a selection
-# as torch.topk happens to: 1e-4 of the loss at 4K. With 16 the tests ask for 5e-6 of every logit.
+# Relative. With 4 index heads relu leaves many exact zeros, and transformers breaks such ties on the border of a
+# selection as torch.topk happens to: 1e-4 of the loss at 4K. With 16 the tests ask for 5e-6 of every logit.
 MAX_LOSS_ERROR = 5e-4
 MIB = 2**20
 
@@ -36,8 +36,8 @@ INDEX_HEADS = (4, 16)
 
 def oracle_model(index_heads: int = 4) -> ModelConfig:
     return replace(
-        tiny(), hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0, index_n_heads=index_heads, index_topk=256,
-        vocab_size=512, max_position_embeddings=LENGTHS[-1],
+        tiny(), hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0, index_n_heads=index_heads,
+        index_topk=256, vocab_size=512, max_position_embeddings=LENGTHS[-1],
     )  # fmt: skip
 
 
