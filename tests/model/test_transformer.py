@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ForwardOutput, Transformer
 from model.ops.settings import OpSettings
 from model.transformer import INDEXER_INIT
+from tests.model.ops.cases import LargestTensor
 from tests.model.tiny import CONFIG, batch, tiny_net
 
 LENGTHS = [19, 7, 1, 14]
@@ -149,19 +149,6 @@ def test_mtp_predicts_from_the_state_at_t_and_the_embedding_of_t_plus_1() -> Non
     assert fields["mtp_labels"][:10].equal(fields["input_ids"][2:]) and not out.mtp_logprobs[10:].any()
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns, in elements."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN201  (torch's own signature)
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
-
-
 @pytest.mark.parametrize("mode", ["warmup", "adapt"])
 def test_no_step_holds_a_tensor_of_length_squared_or_length_by_vocabulary(mode: str, monkeypatch) -> None:
     monkeypatch.setattr("model.ops.vocab_loss.streaming.TILE_BYTES", 1 << 14)
@@ -169,9 +156,9 @@ def test_no_step_holds_a_tensor_of_length_squared_or_length_by_vocabulary(mode: 
     config = dataclasses.replace(CONFIG, vocab_size=1024, num_hidden_layers=2)
     net = tiny_net(config)
     net.use(OpSettings(workspace=1 << 18))
-    with Largest() as seen:
+    with LargestTensor() as seen:
         total_loss(net(**batch([length]), **{**MODES[mode], "stats": False})).backward()
-    assert 0 < seen.numel < length * length, seen.numel
+    assert 0 < seen.elements < length * length, seen.elements
 
 
 def test_a_fresh_indexer_is_n_0_02_with_an_identity_norm() -> None:
