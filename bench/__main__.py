@@ -2,7 +2,8 @@
 
 import sys
 
-import bench.layer  # noqa: F401  (each registers itself)
+import bench.cost  # noqa: F401  (each registers itself)
+import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
 import bench.memory  # noqa: F401
 import bench.oracle  # noqa: F401

@@ -11,12 +11,12 @@ itself; its promise is that the formula explains how the measured time grows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
-from bench.chart import Curve, Panel, draw
 from bench.layer import HEADS, INDEX_DIM, INDEX_HEADS, LATENT, NOPE, ROPE, TOPK, VALUE
 from bench.length import two_layers
 from bench.registry import RESULTS, benchmark
@@ -156,9 +156,8 @@ def measured_crossover(rows: list[dict[str, Any]]) -> int | None:
     for before, after in zip(rows, rows[1:], strict=False):
         low, high = (row["seconds"]["dense"] / row["seconds"]["sparse"] for row in (before, after))
         if low < 1 <= high:
-            from math import log
-
-            return round(before["T"] * (after["T"] / before["T"]) ** (-log(low) / log(high / low)))
+            share = -math.log(low) / math.log(high / low)
+            return round(before["T"] * (after["T"] / before["T"]) ** share)
     return None
 
 
@@ -166,7 +165,10 @@ def measured_crossover(rows: list[dict[str, Any]]) -> int | None:
 def cost() -> dict[str, Any]:
     """FLOPs by formula beside what `layer` measured; writes docs/cost.md's tables and docs/cost.svg."""
     layer = json.loads((RESULTS / "layer.json").read_text())
-    sizes = {"heads": HEADS, "latent": LATENT, "rope": ROPE, "nope": NOPE, "value": VALUE, "topk": TOPK}
+    sizes = {
+        "heads": HEADS, "latent": LATENT, "rope": ROPE, "nope": NOPE, "value": VALUE,
+        "index_heads": INDEX_HEADS, "index_dim": INDEX_DIM, "topk": TOPK,
+    }  # fmt: skip
     told = {name: layer["config"][name] for name in sizes}
     if told != sizes:
         raise ValueError(f"layer.json was measured at {told}, the code says {sizes}: run `python -m bench layer` first")
@@ -229,36 +231,35 @@ def _v3_2_text(result: dict[str, Any]) -> list[str]:
             f"{row['dense_over_sparse']:.2f}",
         ]
         lines.append(cells)
-    last, cross = result["v3_2"][-1], result["v3_2_crossover"]
-    model = result["config"]["v3_2"]
-    attended = model["kv_lora_rank"] * 2 + model["qk_rope_head_dim"]
-    decompressed = model["qk_nope_head_dim"] + model["qk_rope_head_dim"] + model["v_head_dim"]
+    last, cross, model = result["v3_2"][-1], result["v3_2_crossover"], result["config"]["v3_2"]
+    part, step = last["gflop_per_token"], last["training"]["sparse"]
+    absorbed = part["absorbed_forward"] / part["dense_forward"]
     return [
         "## DeepSeek-V3.2 by formula\n",
-        "GFLOP per token and layer, averaged over a causal sequence of T tokens:\n",
+        f"{model['num_attention_heads']} heads, latent {model['kv_lora_rank']} + {model['qk_rope_head_dim']}, indexer "
+        f"{model['index_n_heads']} x {model['index_head_dim']}, k = {model['index_topk']:,}. GFLOP per token and "
+        "layer, averaged over a causal sequence:\n",
         table(head, lines),
-        f"**Where sparse becomes cheaper**: from T = {cross['forward']:,} in the forward pass and {cross['training']:,} in"
-        " a training step. Below that, top-k",
-        f"leaves out too little to pay for the absorbed form, which costs {attended / decompressed:.1f}x the decompressed"
-        " one for every pair that it does read.\n",
-        f"**What dominates**: the indexer is the only part of sparse that stays quadratic. At {size(last['T'])} it takes "
-        f"{last['index_share']:.0%} of the",
-        f"sparse step ({last['gflop_per_token']['index']:.2f} of {last['training']['sparse']:.2f} GFLOP), the backward "
-        f"pass over the selection {last['gflop_per_token']['sparse_backward'] / last['training']['sparse']:.0%}; dense "
-        f"costs {last['dense_over_sparse']}x as much.",
-        f"A warm-up step costs {last['warmup_over_dense']} of a dense one at every length: it has no backward through the "
-        "trunk.\n",
+        f"**Where sparse becomes cheaper**: from T = {cross['forward']:,} in the forward pass and "
+        f"{cross['training']:,} in a training step. Below that, too little is\nleft out to pay for the "
+        f"absorbed form, which costs {absorbed:.1f}x the decompressed one for every pair that it reads.\n",
+        "**What dominates**: the indexer's scores are the only part of sparse that stays quadratic. At "
+        f"{size(last['T'])} they are {last['index_share']:.0%} of the sparse step\n({part['index']:.2f} of {step:.2f} "
+        f"GFLOP); the backward pass over the selection is {part['sparse_backward'] / step:.0%}. Dense costs "
+        f"{last['dense_over_sparse']}x as much, and a warm-up step\n{last['warmup_over_dense']} of a dense one, "
+        "at every length: the trunk has no backward.\n",
     ]
 
 
 def _measured_text(result: dict[str, Any]) -> list[str]:
     rows, by = result["rows"], result["measured_by"]
     head = ["T"] + [f"{TITLES[kind]}: GFLOP, s, GFLOP/s" for kind in KINDS]
-    head += ["dense / sparse: measured (formula)", "warm-up / dense: measured (formula)"]
+    head += ["dense / sparse (formula)", "warm-up / dense (formula)"]
     lines = []
     for row in rows:
         cells = [
-            f"{row['gflop'][kind]:.1f}, {row['seconds'][kind]:.2f}, {row['gflop_per_second'][kind]:.0f}" for kind in KINDS
+            f"{row['gflop'][kind]:.1f}, {row['seconds'][kind]:.2f}, {row['gflop_per_second'][kind]:.0f}"
+            for kind in KINDS
         ]
         for ratio in ("dense_over_sparse", "warmup_over_dense"):
             cells.append(f"{row[ratio]:.2f} ({row[ratio + '_formula']:.2f})")
@@ -268,50 +269,109 @@ def _measured_text(result: dict[str, Any]) -> list[str]:
     shares = sorted(((value / spent, name) for name, value in last["sparse_parts"].items()), reverse=True)
     crossed = result["crossover_measured"]
     if crossed is not None:
-        where = f"at about T = {crossed:,}, read off between the two measured lengths around it"
+        where = f"at about T = {round(crossed, -2):,}, read off between the two measured lengths around it"
     elif rows[0]["dense_over_sparse"] >= 1:
         where = f"below the shortest length measured, {size(rows[0]['T'])}"
     else:
         where = f"at none of the lengths measured, up to {size(last['T'])}"
-    grown = "; ".join(
-        f"{TITLES[kind]} x{one['time']} in time, x{one['formula']} by the formula"
-        for kind, one in result["growth"].items()
+    grown = ", ".join(
+        f"{TITLES[kind]} {one['time']}x in time and {one['formula']}x in FLOP" for kind, one in result["growth"].items()
     )
-    model = result["config"]["measured"]
+    dominant = ", ".join(f"{name} {share:.0%}" for share, name in shares)
+    model, rate = result["config"]["measured"], last["gflop_per_second"]
     return [
         "## Measured on a CPU\n",
-        f"One layer, {model['num_attention_heads']} heads, latent {model['kv_lora_rank']} + {model['qk_rope_head_dim']}, "
-        f"indexer {model['index_n_heads']} x {model['index_head_dim']}, k = {model['index_topk']}, fp32, one thread of "
-        f"{by['device'].split(',')[0]},",
-        f"torch {by['torch']}, {by['date']} (`{by['command']}`); GFLOP over the whole sequence:\n",
+        f"One layer, {model['num_attention_heads']} heads, latent {model['kv_lora_rank']} + "
+        f"{model['qk_rope_head_dim']}, indexer {model['index_n_heads']} x {model['index_head_dim']}, k = "
+        f"{model['index_topk']}, fp32, one thread ({by['device']}; torch {by['torch']}; {by['date']},\n"
+        f"`{by['command']}`). GFLOP over the whole sequence by the formula, CPU seconds measured, GFLOP/s from both:\n",
         table(head, lines),
         f"**Where sparse becomes cheaper**: {where}.\n",
         f"**Growth** from {size(before['T'])} to {size(last['T'])}: {grown}.\n",
-        f"**What dominates** the sparse layer at {size(last['T'])}: "
-        + ", ".join(f"{name} {share:.0%}" for share, name in shares)
-        + ".\n",
+        f"**What dominates** the sparse layer at {size(last['T'])}: {dominant}.\nIt runs at {rate['sparse']:.0f} "
+        f"GFLOP/s where dense reaches {rate['dense']:.0f}: every query has keys of its own, so a product is "
+        f"{model['num_attention_heads']} rows high, one a\nhead; rows are gathered and scattered; the top-k counts "
+        f"no FLOP at all. So it wins by {last['dense_over_sparse']}x where the formula alone says "
+        f"{last['dense_over_sparse_formula']}x.\n",
     ]
+
+
+# The picture: two panels side by side, both axes logarithmic. launch's charts are out of bench's reach.
+COLOURS = {"dense": "#2563eb", "warmup": "#d97706", "sparse": "#15803d"}
+PANEL_W, PANEL_H, LEFT, TOP, GAP = 340, 260, 58, 88, 80
+WIDTH, HEIGHT = LEFT + 2 * PANEL_W + GAP + 24, TOP + PANEL_H + 84
+STYLE = (
+    "text{font:12px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#475569}"
+    ".title{font-size:16px;font-weight:600;fill:#0f172a}.head{font-size:13px;font-weight:600;fill:#0f172a}"
+    ".grid{stroke:#e2e8f0}.axis{stroke:#94a3b8}.mark{stroke:#64748b;stroke-dasharray:3 3}"
+    ".curve{fill:none;stroke-width:2}"
+)
+Points = Sequence[tuple[float, float]]
+
+
+def _text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+
+
+def panel(
+    left: float, title: str, unit: str, lines: Mapping[str, Points], dots: Mapping[str, Points], mark: int | None
+) -> str:
+    """One frame: a line and dots for every kind over T; `mark`: a length that is pointed out."""
+    every = [point for curves in (lines, dots) for points in curves.values() for point in points]
+    (x_low, x_high), (lowest, highest) = ((min(values), max(values)) for values in zip(*every, strict=True))
+    y_low, y_high = lowest / 1.25, highest * 1.25
+
+    def x_at(value: float) -> float:
+        return left + PANEL_W * math.log(value / x_low) / math.log(x_high / x_low)
+
+    def y_at(value: float) -> float:
+        return TOP + PANEL_H * math.log(y_high / value) / math.log(y_high / y_low)
+
+    base, out = TOP + PANEL_H, [_text(left, TOP - 14, f"{title}: {unit} per token", "head")]
+    decades = range(math.floor(math.log10(y_low)), math.ceil(math.log10(y_high)))
+    for tick in (m * 10.0**p for p in decades for m in (1, 2, 5)):
+        if y_low <= tick <= y_high:
+            out.append(f'<path class="grid" d="M{left} {y_at(tick):.1f}h{PANEL_W}"/>')
+            out.append(_text(left - 8, y_at(tick) + 4, f"{tick:g}", anchor="end"))
+    for power in range(math.ceil(math.log2(x_low)), math.floor(math.log2(x_high)) + 1):
+        out.append(f'<path class="axis" d="M{x_at(2**power):.1f} {base}v5"/>')
+        out.append(_text(x_at(2**power), base + 20, size(2**power), anchor="middle"))
+    out.append(f'<path class="axis" d="M{left} {base}h{PANEL_W}"/>')
+    out.append(_text(left + PANEL_W / 2, base + 40, "T, tokens in the sequence", anchor="middle"))
+    if mark is not None:
+        out.append(f'<path class="mark" d="M{x_at(mark):.1f} {TOP}V{base}"/>')
+        out.append(_text(x_at(mark) + 6, base - 10, f"sparse below dense from {size(mark)}"))
+    for kind, points in lines.items():
+        path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in points)
+        out.append(f'<path class="curve" stroke="{COLOURS[kind]}" d="M{path}"/>')
+    for kind, points in dots.items():
+        place = [f'cx="{x_at(x):.1f}" cy="{y_at(y):.1f}"' for x, y in points]
+        out += [f'<circle {at} r="4.5" fill="{COLOURS[kind]}" stroke="#fff" stroke-width="1.5"/>' for at in place]
+    return "".join(out)
 
 
 def picture(result: dict[str, Any]) -> str:
     """docs/cost.svg: V3.2 by formula; the measured layer, with the formula at the rate of its last length."""
     published, small, rows = v3_2(), measured_sizes(), result["rows"]
-    fine = [round(2 ** (n / 4)) for n in range(4 * 12, 4 * 17 + 1)]
     first, last = rows[0]["T"], rows[-1]["T"]
-    between = [round(first * 2 ** (n / 4)) for n in range(100) if first * 2 ** (n / 4) <= last * 1.001]
-    formula, measured = [], []
-    for kind in KINDS:
-        line = [(t, totals(published, t, kernels=True)[kind] / t / 1e9) for t in fine]
-        formula.append(Curve(TITLES[kind], line, []))
-        rate = rows[-1]["gflop_per_second"][kind] * 1e9
-        line = [(t, totals(small, t, kernels=False)[kind] / rate / t * 1e6) for t in between]
-        points = [(row["T"], row["seconds"][kind] / row["T"] * 1e6) for row in rows]
-        measured.append(Curve(TITLES[kind], line, points))
-    cross = result["v3_2_crossover"]["training"]
-    return draw(
-        "Cost of a training step of one layer's attention, by length",
-        [
-            Panel("DeepSeek-V3.2, by formula", "GFLOP per token", formula, marks=[(cross, f"{size(cross)}")]),
-            Panel("8 heads, k = 256, one CPU thread", "µs per token", measured, marks=[]),
-        ],
+    fine = [2 ** (n / 8) for n in range(8 * 20)]
+    wide = [round(t) for t in fine if LENGTHS[0] <= t <= LENGTHS[-1]]
+    narrow = [round(t) for t in fine if first <= t <= last]
+    rate = {kind: rows[-1]["gflop_per_second"][kind] * 1e9 for kind in KINDS}
+    formula = {kind: [(t, totals(published, t, True)[kind] / t / 1e9) for t in wide] for kind in KINDS}
+    expected = {kind: [(t, totals(small, t, False)[kind] / rate[kind] / t * 1e6) for t in narrow] for kind in KINDS}
+    measured = {kind: [(row["T"], row["seconds"][kind] / row["T"] * 1e6) for row in rows] for kind in KINDS}
+    right = LEFT + PANEL_W + GAP
+    body = [_text(LEFT, 26, "Attention of one layer, one training step: cost per token by sequence length", "title")]
+    for i, kind in enumerate(KINDS):
+        body.append(f'<path class="curve" stroke="{COLOURS[kind]}" d="M{LEFT + 100 * i} 46h22"/>')
+        body.append(_text(LEFT + 100 * i + 29, 50, TITLES[kind]))
+    body.append(panel(LEFT, "DeepSeek-V3.2", "GFLOP", formula, {}, result["v3_2_crossover"]["training"]))
+    heads, k = small.num_attention_heads, small.index_topk
+    body.append(panel(right, f"{heads} heads, k = {k}, one CPU thread", "µs", expected, measured, None))
+    body.append(_text(LEFT, HEIGHT - 12, "lines: formula", anchor="start"))
+    body.append(_text(right, HEIGHT - 12, f"dots: measured; lines: formula at the rate of {size(last)}"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">'
+        f'<style>{STYLE}</style><rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#fff"/>{"".join(body)}</svg>\n'
     )

@@ -7,7 +7,6 @@ drifts, ratios within a turn hardly do. Extra memory is a process's high-water m
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.memory import apart
+from bench.memory import apart, peak_bytes
 from bench.registry import benchmark
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
@@ -55,19 +54,19 @@ def contestants(tokens: int, seconds: dict[str, float] | None = None) -> dict[st
         return lambda: _backward(mla_dense(q, k, v, doc_start, SCALE))
 
     def sparse() -> Contestant:
-        latents = _leaves(
+        q_nope, q_rope, w_uk, latent, k_rope = _leaves(
             1, (tokens, HEADS, NOPE), (tokens, HEADS, ROPE), (HEADS, NOPE, LATENT), (tokens, LATENT), (tokens, ROPE)
         )
-        index = _leaves(2, *index_shapes)
+        q_index, k_index, w = _leaves(2, *index_shapes)
 
         def run() -> None:
             clock = [time.process_time()]
-            idx = index_topk(*index, doc_start, TOPK)
+            idx = index_topk(q_index, k_index, w, doc_start, TOPK)
             clock.append(time.process_time())
-            attended = sparse_mla(*latents, idx, SCALE, target=True)
+            attended = sparse_mla(q_nope, q_rope, w_uk, latent, k_rope, idx, SCALE, target=True)
             clock.append(time.process_time())
             assert attended.target is not None
-            index_kl_selected(attended.target, idx, *index).kl_sum.backward()
+            index_kl_selected(attended.target, idx, q_index, k_index, w).kl_sum.backward()
             clock.append(time.process_time())
             _backward(attended.out)
             clock.append(time.process_time())
@@ -81,8 +80,8 @@ def contestants(tokens: int, seconds: dict[str, float] | None = None) -> dict[st
     def warmup(topk: int | None) -> Contestant:
         with torch.no_grad():
             q, k, v = (t.detach() for t in _leaves(3, *[(tokens, HEADS, NOPE + ROPE)] * 2, (tokens, HEADS, VALUE)))
-        index = _leaves(4, *index_shapes)
-        return lambda: index_kl_dense(q, k, v, SCALE, *index, doc_start, topk)[1].kl_sum.backward()
+        q_index, k_index, w = _leaves(4, *index_shapes)
+        return lambda: index_kl_dense(q, k, v, SCALE, q_index, k_index, w, doc_start, topk)[1].kl_sum.backward()
 
     return {
         "dense": dense,
@@ -122,9 +121,9 @@ def extra_bytes(name: str, tokens: int) -> int:
     torch.set_num_threads(1)
     contestants(256)[name]()()
     step = contestants(tokens)[name]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_bytes() - before
 
 
 @benchmark

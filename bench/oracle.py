@@ -8,7 +8,6 @@ it adds. Ours takes the indexer's loss and gradients in the same step; transform
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -17,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from bench.memory import apart, tiny
+from bench.memory import apart, peak_bytes, tiny
 from bench.registry import benchmark
 from conf.schema import ModelConfig
 from model import Transformer, from_pretrained, save_pretrained
 
 LENGTHS = (4096, 8192)
 MIN_SPEEDUP, MAX_MEMORY_SHARE = 10.0, 1 / 20  # the latter at the last length
-# Relative. With 4 index heads relu leaves many exact zeros, and transformers breaks such ties on the border of a
-# selection as torch.topk happens to: 1e-4 of the loss at 4K. With 16 the tests ask for 5e-6 of every logit.
-MAX_LOSS_ERROR = 5e-4
+MAX_LOSS_ERROR = 1e-5  # relative, at the first length, with transformers' ties broken as ours
 MIB = 2**20
 
 
@@ -70,20 +68,42 @@ def theirs(folder: Path, length: int) -> dict[str, Any]:
     net.train()
 
     def step(tokens: torch.Tensor) -> float:
-        loss = net(input_ids=tokens[None, :-1], shift_labels=tokens[None, 1:], labels=tokens[None, :-1]).loss
+        ids = tokens[None, :-1]
+        loss = net(input_ids=ids, labels=ids, shift_labels=tokens[None, 1:], use_cache=False).loss
         loss.backward()
         return loss.item()
 
     return _measure(step, length)
 
 
+class _StableTopk(TorchFunctionMode):
+    """Ranks with ties to the lowest index, as we do; torch.topk leaves them open."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.topk and args[0].is_floating_point():
+            ranked = args[0].sort(dim=-1, descending=True, stable=True)
+            return torch.return_types.topk((ranked.values[..., : args[1]], ranked.indices[..., : args[1]]))
+        return func(*args, **(kwargs or {}))
+
+
+def theirs_with_our_ties(folder: Path, length: int) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = _tokens(length)
+    ids = tokens[None, :-1]
+    with torch.no_grad(), _StableTopk():
+        loss = net(input_ids=ids, labels=ids, shift_labels=tokens[None, 1:], use_cache=False).loss
+    return {"loss": loss.item()}
+
+
 def _measure(step: Any, length: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    step(_tokens(64))  # loads what is loaded once
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    step(_tokens(2 * oracle_model().index_topk))  # loads what is loaded once
+    before, start = peak_bytes(), time.process_time()
     loss = step(_tokens(length))
     seconds = time.process_time() - start
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    extra = peak_bytes() - before
     return {"cpu_seconds": round(seconds, 2), "extra_bytes": extra, "loss": loss}
 
 
@@ -98,24 +118,29 @@ def oracle() -> dict[str, Any]:
             save_pretrained(net, folder)
             for length in LENGTHS:
                 mine, other = (apart("bench.oracle", who, folder, str(length)) for who in ("ours", "theirs"))
-                row = {"index_heads": index_heads, "T": length, "ours": mine, "transformers": other}
+                row: dict[str, Any] = {"index_heads": index_heads, "T": length, "ours": mine, "transformers": other}
                 row["speedup"] = round(other["cpu_seconds"] / mine["cpu_seconds"], 1)
                 row["memory_share"] = round(mine["extra_bytes"] / other["extra_bytes"], 4)
-                row["loss_error"] = abs(mine["loss"] - other["loss"]) / abs(other["loss"])
+                # relu leaves exact zeros on the border of a selection: transformers takes them as torch.topk does
+                row["loss_difference"] = abs(mine["loss"] - other["loss"]) / abs(other["loss"])
                 share = f"1/{1 / row['memory_share']:.0f} of the memory"
                 where = f"{index_heads} index heads, T={length}"
                 print(
                     f"{where}: {mine['cpu_seconds']} CPU s and {mine['extra_bytes'] / MIB:.0f} MiB extra against "
                     f"{other['cpu_seconds']} and {other['extra_bytes'] / MIB:.0f}: {row['speedup']}x faster, {share}; "
-                    f"losses {row['loss_error']:.1e} apart",
+                    f"losses {row['loss_difference']:.1e} apart",
                     flush=True,
                 )
                 if row["speedup"] < MIN_SPEEDUP:
                     broken.append(f"{where}: {row['speedup']}x faster, wanted {MIN_SPEEDUP:.0f}x")
                 if length == LENGTHS[-1] and row["memory_share"] > MAX_MEMORY_SHARE:
                     broken.append(f"{where}: {share}, wanted 1/{1 / MAX_MEMORY_SHARE:.0f}")
-                if row["loss_error"] > MAX_LOSS_ERROR:
-                    broken.append(f"{where}: losses {row['loss_error']:.1e} apart, at most {MAX_LOSS_ERROR}")
+                if length == LENGTHS[0]:
+                    same = apart("bench.oracle", "theirs_with_our_ties", folder, str(length))["loss"]
+                    row["loss_error"] = abs(mine["loss"] - same) / abs(same)
+                    print(f"{where}: with ties broken alike the losses are {row['loss_error']:.1e} apart", flush=True)
+                    if row["loss_error"] > MAX_LOSS_ERROR:
+                        broken.append(f"{where}: losses {row['loss_error']:.1e} apart, at most {MAX_LOSS_ERROR}")
                 rows.append(row)
     for line in broken:
         print(f"not kept: {line}")
@@ -124,4 +149,5 @@ def oracle() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))
+    who = {"ours": ours, "theirs": theirs, "theirs_with_our_ties": theirs_with_our_ties}[sys.argv[1]]
+    print(json.dumps(who(Path(sys.argv[2]), int(sys.argv[3]))))
