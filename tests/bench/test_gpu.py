@@ -49,7 +49,11 @@ def test_every_kernel_is_checked_and_timed(whole: tuple[bool, dict]) -> None:
         "sparse_mla backward, deterministic", "index_kl_selected", "dense forward, SDPA default",
         "dense backward, SDPA default", "mla_dense forward, Triton", "index_kl_dense",
     }  # fmt: skip
-    assert [row["dense_over_sparse"] > 0 for row in found["rows"] if row["name"].startswith("attention of")] == [True]
+    ms = {row["name"]: row.get("ms") for row in found["rows"]}
+    (step,) = (row for row in found["rows"] if row["name"].startswith("attention of"))
+    parts = ("index_topk", "sparse_mla forward with target", "sparse_mla backward", "index_kl_selected")
+    assert step["sparse_ms"] == pytest.approx(sum(ms[name] for name in parts), abs=0.01)
+    assert step["dense_ms"] > 0
     assert {"commit", "device", "torch"} <= found.keys()
 
 
