@@ -6,6 +6,7 @@ Every check that passes here for the published indexer must fail for each known 
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conf.schema import ModelConfig, RopeConfig
 from model.mla import MLA
 from model.ops.index_topk import index_topk
 from model.ops.index_topk.reference import index_scores
+from model.ops.settings import OpSettings
 from model.rope import rope_table
 from tests.model.ops.cases import make_doc_start
 from tests.model.reference_layer import IndexerVariant, LayerResult, attention_layer, mla_scale
@@ -56,7 +58,13 @@ def make_config(rope: RopeConfig = YARN, index_heads: int = 16, topk: int = 12) 
     )
 
 
-def make_layer(config: ModelConfig, seed: int = 0) -> MLA:
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")),
+]
+
+
+def make_layer(config: ModelConfig, seed: int = 0, backend: str = "torch") -> MLA:
     """Random weights of unit gain; index keys of variance near 1e-6, so that k_norm's eps matters, and a k_norm that is
     not the identity."""
     layer = MLA(config)
@@ -69,6 +77,7 @@ def make_layer(config: ModelConfig, seed: int = 0) -> MLA:
             else:
                 parameter.copy_(noise * 0.2 + (0.0 if name.endswith("bias") else 1.0))
         layer.indexer.wk.weight.mul_(2e-3)
+    layer.settings = OpSettings(backend)
     return layer
 
 
@@ -86,7 +95,7 @@ def model_scores(layer: MLA, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Ten
     """The model's own scores [T, T] and selected sets."""
     with torch.no_grad():
         q, k, w = layer.indexer(x, layer.project(x, cos, sin).q_latent, cos, sin)
-    chosen = index_topk(q, k, w, doc_start, layer.topk)
+    chosen = index_topk(q, k, w, doc_start, layer.topk, settings=layer.settings)
     return index_scores(q, k, w), [[s for s in row if s >= 0] for row in chosen.tolist()]
 
 
@@ -105,10 +114,11 @@ def border_gap(scores: Tensor, topk: int) -> float:
     return gaps.min().item()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rope", [YARN, PLAIN], ids=["yarn", "plain"])
-def test_indexer_equals_the_reference(rope):
+def test_indexer_equals_the_reference(rope, backend):
     config, doc_start = make_config(rope), make_doc_start(LENGTHS, PADDING)
-    layer = make_layer(config)
+    layer = make_layer(config, backend=backend)
     x, cos, sin = make_inputs(config, doc_start)
     expected = attention_layer(layer.state_dict(), config, x, doc_start)
     scores, chosen = model_scores(layer, x, cos, sin, doc_start)
@@ -152,9 +162,10 @@ def test_the_hadamard_transform_changes_nothing():
 
 @pytest.mark.parametrize("rope", [YARN, PLAIN], ids=["yarn", "plain"])
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_layer_equals_the_reference(attention, rope):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_equals_the_reference(backend, attention, rope):
     config, doc_start = make_config(rope), make_doc_start(LENGTHS, PADDING)
-    layer = make_layer(config)
+    layer = make_layer(config, backend=backend)
     x, cos, sin = make_inputs(config, doc_start)
     expected = attention_layer(layer.state_dict(), config, x, doc_start, sparse=attention == "sparse").out
     with torch.no_grad():
@@ -164,10 +175,11 @@ def test_layer_equals_the_reference(attention, rope):
     assert (out - other).abs().max() > 0.01 * expected.abs().max()
 
 
-def test_dense_equals_sparse_when_topk_covers_the_sequence():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_equals_sparse_when_topk_covers_the_sequence(backend):
     """Forward, and gradients of the input and of the trunk's parameters, through the absorbed up-projections."""
     doc_start = make_doc_start(LENGTHS, PADDING)
-    layer = make_layer(make_config(topk=len(doc_start)))
+    layer = make_layer(make_config(topk=len(doc_start)), backend=backend)
     x, cos, sin = make_inputs(make_config(), doc_start)
     x.requires_grad_()
     trunk = {name: p for name, p in layer.named_parameters() if not name.startswith("indexer.")}

@@ -14,24 +14,15 @@ are fp32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.ops.index_topk.kernel import load_keys, load_queries, score_tile
-from model.ops.mla_dense.kernel import LOG2_E, logits_tile, split_width, visible_keys
+from model.ops.mla_dense.kernel import LOG2_E, Config, logits_tile, split_width, visible_keys
 
 FILL_WIDTH = tl.constexpr(512)
-
-
-class Config(NamedTuple):
-    rows: int  # query rows of a tile
-    keys: int  # keys of a tile
-    num_warps: int
-    num_stages: int
 
 
 def _rows_for(columns: int, heads: int) -> int:
