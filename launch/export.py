@@ -1,10 +1,11 @@
 """Any run or checkpoint -> a DeepSeek-V3.2 checkpoint that transformers, vLLM and SGLang load.
 
-    python launch/export.py RUN OUT [dtype=bf16|fp32]
+    python launch/export.py RUN OUT [dtype=bf16|fp32|fp8]
 
 RUN is a Hugging Face folder (V3 dense, V3.2, block FP8), a finished run (its `hf/` is converted), an unfinished run
 (its newest checkpoint) or one of its `checkpoints/step_N`. Without `dtype`, fp32 stays fp32 and everything else
-becomes bf16. OUT is written whole or not at all. Exit status: 0 done, 2 the user's mistake.
+becomes bf16; fp8 is DeepSeek's block FP8 (128x128, e4m3, power-of-two scales) for the linear weights. OUT is written
+whole or not at all. Exit status: 0 done, 2 the user's mistake.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a 
 from conf.errors import UserError, nearest  # noqa: E402  (needs the path above)
 
 USER_MISTAKE = 2
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-USAGE = "usage: python launch/export.py RUN OUT [dtype=bf16|fp32]"
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "float8_e4m3fn"}
+USAGE = "usage: python launch/export.py RUN OUT [dtype=bf16|fp32|fp8]"
 
 
 def parse(argv: list[str]) -> tuple[Path, Path, str | None]:
@@ -31,11 +32,9 @@ def parse(argv: list[str]) -> tuple[Path, Path, str | None]:
     settings = dict(arg.split("=", 1) for arg in argv if "=" in arg)
     dtype = settings.pop("dtype", None)
     if settings:
-        raise UserError(f"unknown setting {next(iter(settings))}: only dtype=bf16 or dtype=fp32 can be given")
+        raise UserError(f"unknown setting {next(iter(settings))}: only dtype=bf16, fp32 or fp8 can be given")
     if len(paths) != 2:
         raise UserError(f"{len(paths)} paths are given, not 2: {USAGE}")
-    if dtype == "fp8":
-        raise UserError("dtype=fp8 is not supported yet: FP8 checkpoints are read, give dtype=bf16 to write one")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype} is not known: {nearest(dtype, DTYPES)}")
     return Path(paths[0]), Path(paths[1]), None if dtype is None else DTYPES[dtype]

@@ -11,6 +11,30 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-4  # of a block, as DeepSeek's own quantiser has it: a block of zeros has a finite scale
+
+
+def power_of_two_scale(amax: Tensor) -> Tensor:
+    """The smallest power of two that brings `amax` (fp32, positive) into e4m3's range: "ue8m0" scales, exactly."""
+    mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # mantissa in [0.5, 1): a power of two already iff it is 0.5
+    return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [R, C] -> e4m3 [R, C] and fp32 scales [ceil(R/128), ceil(C/128)], powers of two as in V3.1 and V3.2.
+
+    Reading and writing again loses nothing: `dequantize` of what it gave back, quantised again, is the same number for
+    number. (A block whose largest value rounds to 224, half the range, then has half the scale.)
+    """
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(scale_shape(tuple(weight.shape)))
+    for rows, target, scale in zip(weight.split(BLOCK), stored.split(BLOCK), scales, strict=True):
+        wide = rows.to(torch.float32)
+        amax = torch.stack([block.abs().max() for block in wide.split(BLOCK, 1)]).clamp_(min=AMAX_FLOOR)
+        scale.copy_(power_of_two_scale(amax))
+        target.copy_(wide / scale.repeat_interleave(BLOCK)[: wide.shape[1]])
+    return stored, scales
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.schema import ModelConfig
+from model.fp8 import quantize, scale_shape
 from model.hf_config import load_config_json, parse_config, write_config
-from model.hf_files import Checkpoint, Planned, special_token_ids, torch_dtype_of, write_folder
+from model.hf_files import SCALE_SUFFIX, Checkpoint, Planned, special_token_ids, torch_dtype_of, write_folder
 from model.hf_names import Slot, is_ignored, slots, stored_dtype
 from model.transformer import Transformer
 
@@ -158,8 +159,9 @@ def save_pretrained(
 ) -> None:
     """Writes `net` as a DeepSeek-V3.2 checkpoint: sharded safetensors, config.json, the tokenizer's files.
 
-    `dtype` None keeps the model's own. The folder is whole or not there; an earlier checkpoint in it is replaced, a
-    folder that holds anything else is refused with UserError.
+    `dtype` None keeps the model's own; float8_e4m3fn writes DeepSeek's block FP8 (the rest bf16). The folder is
+    whole or not there; an earlier checkpoint in it is replaced, a folder that holds anything else is refused with
+    UserError.
     """
     state = net.state_dict()
     config = net.config
@@ -186,8 +188,8 @@ def convert(
 ) -> None:
     """One checkpoint folder -> another in V3.2 format, a file at a time: the model itself never exists.
 
-    `dtype` None keeps fp32 where the source is fp32 and gives bf16 otherwise. `seed` and `overrides` as
-    `from_pretrained`.
+    `dtype` None keeps fp32 where the source is fp32 and gives bf16 otherwise, float8_e4m3fn is block FP8. `seed`
+    and `overrides` as `from_pretrained`.
     """
     config = read_config(folder, **overrides)
     with torch.device("meta"):
@@ -212,17 +214,30 @@ def convert(
 
 
 def _planned(table: list[Slot], source: Callable[[Slot], Tensor], dtype: torch.dtype) -> list[Planned]:
-    def plan(slot: Slot) -> Planned:
-        kind = stored_dtype(slot.hf_name, dtype)
+    scales: dict[str, Tensor] = {}  # made with their weights, which are written just before them
+
+    def plan(slot: Slot) -> list[Planned]:
+        kind, size = stored_dtype(slot.hf_name, dtype), math.prod(slot.shape)
+
+        def make_fp8() -> Tensor:
+            stored, scales[slot.hf_name] = quantize(source(slot).detach().to("cpu"))
+            return stored
+
+        if kind == torch.float8_e4m3fn:
+            scale_bytes = 4 * math.prod(scale_shape(slot.shape))
+            return [
+                Planned(slot.hf_name, size, make_fp8),
+                Planned(slot.hf_name + SCALE_SUFFIX, scale_bytes, lambda: scales.pop(slot.hf_name)),
+            ]
 
         def make() -> Tensor:
             # the clone keeps tensors of one file from sharing memory, which safetensors refuses
             tensor = source(slot).detach().to("cpu", kind)
             return tensor.clone() if slot.is_copy else tensor.contiguous()
 
-        return Planned(slot.hf_name, kind.itemsize * math.prod(slot.shape), make)
+        return [Planned(slot.hf_name, kind.itemsize * size, make)]
 
-    return [plan(slot) for slot in table]
+    return [tensor for slot in table for tensor in plan(slot)]
 
 
 def _name(dtype: torch.dtype) -> str:

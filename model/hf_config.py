@@ -206,7 +206,8 @@ def write_config(
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
 ) -> dict[str, Any]:
-    """ModelConfig -> the content of a DeepSeek-V3.2 config.json. `dtype` is the name of the tensors' dtype in torch.
+    """ModelConfig -> the content of a DeepSeek-V3.2 config.json. `dtype` is the name of the tensors' dtype in torch
+    (float8_e4m3fn: block FP8, the rest bf16).
 
     Token ids are written even when null: Hugging Face's class would take ids 0 and 1 for absent ones.
     """
@@ -221,7 +222,17 @@ def write_config(
     written["rope_theta"] = config.rope.theta
     written["rope_scaling"] = {"type": "yarn", **rope} if rope else None
     written["rope_parameters"] = {"rope_type": "yarn" if rope else "default", "rope_theta": config.rope.theta, **rope}
-    written |= {"dtype": dtype, "torch_dtype": dtype}
+    fp8 = dtype == "float8_e4m3fn"
+    if fp8:
+        written["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": FP8_BLOCK,
+        }
+    kept = "bfloat16" if fp8 else dtype
+    written |= {"dtype": kept, "torch_dtype": kept}
     return written
 
 

@@ -25,6 +25,14 @@ EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 MTP_NAMES = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 # These decide choices (experts, tokens), where rounding flips results: they stay fp32 under any dtype.
 _KEPT_FP32 = (".mlp.gate.weight", ".e_score_correction_bias", ".indexer.weights_proj.weight", ".indexer.k_norm.")
+# What DeepSeek stores in FP8: embedding, head, norms, router, weights_proj and eh_proj are not.
+_FP8_WEIGHTS = tuple(
+    f".{name}.weight"
+    for name in (
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        *("indexer.wq_b", "indexer.wk", "gate_proj", "up_proj", "down_proj"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,16 @@ class Slot:
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What the tensor of this name (ours or Hugging Face's) has in memory and on disk when the model has `dtype`."""
-    return torch.float32 if any(part in name for part in _KEPT_FP32) else dtype
+    """What the tensor of this name (ours or Hugging Face's) has in memory and on disk when the model has `dtype`.
+
+    In an FP8 checkpoint (float8_e4m3fn; Hugging Face's names) the linear weights of attention, indexer, MLP and experts
+    are FP8, everything else is bf16.
+    """
+    if any(part in name for part in _KEPT_FP32):
+        return torch.float32
+    if dtype == torch.float8_e4m3fn and not name.endswith(_FP8_WEIGHTS):
+        return torch.bfloat16
+    return dtype
 
 
 def hf_name(ours: str, num_hidden_layers: int) -> str:

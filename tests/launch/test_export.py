@@ -97,7 +97,7 @@ def test_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["{run}", "{out}", "dtype=fp8"], "dtype=fp8 is not supported yet"),
+        (["{run}", "{out}", "dtype=fp4"], "dtype=fp4 is not known"),
         (["{run}", "{out}", "dtype=bf61"], "did you mean bf16?"),
         (["{run}", "{out}", "type=bf16"], "unknown setting type"),
         (["{run}"], "1 paths are given, not 2: usage"),
@@ -115,7 +115,17 @@ def test_mistakes(arguments: list[str], named: str, tmp_path: Path, capsys: pyte
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(tmp_path), str(tmp_path / "out"), "dtype=fp8"]
+    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(tmp_path), str(tmp_path / "out"), "dtype=fp4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "dtype=fp8 is not supported yet" in done.stderr
+    assert done.stderr.count("\n") == 1 and "dtype=fp4 is not known" in done.stderr
+
+
+def test_block_fp8(tmp_path: Path) -> None:
+    net = make_net(make_config())
+    save_pretrained(net, tmp_path / "run" / "hf")
+    assert main([str(tmp_path / "run"), str(tmp_path / "out"), "dtype=fp8"]) == 0
+    save_pretrained(net, tmp_path / "same", dtype=torch.float8_e4m3fn)
+    ours, direct = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "same")
+    assert ours.keys() == direct.keys() and any(name.endswith("_scale_inv") for name in ours)
+    assert all(torch.equal(a.view(torch.uint8), direct[name].view(torch.uint8)) for name, a in ours.items() if a.dim())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from model.fp8 import BLOCK, dequantize, scale_shape
-from model.hf import from_pretrained
+from model.fp8 import BLOCK, dequantize, quantize, scale_shape
+from model.hf import from_pretrained, save_pretrained
 from model.hf_config import write_config
 from tests.model.hf_cases import (
     TOLERANCE,
+    T,
     make_config,
+    make_net,
     make_oracle,
     oracle_class,
     oracle_config,
@@ -28,7 +31,7 @@ from tests.model.hf_cases import (
 SHAPES = [(576, 256), (192, 130), (128, 128), (1, 1), (129, 127), (64, 300)]
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def by_block(weight: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [R, C] -> e4m3 and scales that are powers of two (ue8m0, as in V3.1), block by block."""
     scale = torch.empty(scale_shape(tuple(weight.shape)))
     stored = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
@@ -62,6 +65,33 @@ def by_element(stored: Tensor, scale: Tensor) -> Tensor:
 def test_every_element_has_the_scale_of_its_block(shape: tuple[int, int]) -> None:
     stored, scale = quantize(graded(shape))
     assert torch.equal(dequantize(stored, scale), by_element(stored, scale))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_is_the_definition_block_by_block(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = graded(shape).to(dtype)
+    stored, scale = quantize(weight)
+    expected, expected_scale = by_block(weight.float())
+    assert torch.equal(scale, expected_scale) and scale.dtype == torch.float32
+    assert torch.equal(stored.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_outliers_zeros_and_tiny_numbers() -> None:
+    """An outlier costs its own block its small numbers and no other; a block of zeros has a finite scale."""
+    weight = torch.full((256, 256), 0.01)
+    weight[3, 5], weight[:128, 128:], weight[128:, :128] = 1e4, 0.0, 1e-30
+    stored, scale = quantize(weight)
+    assert scale.isfinite().all() and (scale > 0).all() and not stored.float().isnan().any()
+    once = dequantize(stored, scale)
+    assert once[3, 5] == pytest.approx(1e4, rel=2**-4) and once[0, 0] == 0  # below the outlier's smallest step
+    assert (once[:128, 128:] == 0).all() and (once[128:, :128] == 0).all()
+    torch.testing.assert_close(once[128:, 128:], weight[128:, 128:], rtol=2**-4, atol=0)
+
+
+def test_an_amax_on_the_border_keeps_its_scale() -> None:
+    for amax, scale in ((448.0, 1.0), (448.5, 2.0), (224.0, 0.5)):
+        assert quantize(torch.full((2, 2), amax))[1].item() == scale
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,7 +129,7 @@ def fp8_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], 
         if kept:
             written[name] = plain[name] = tensor
             continue
-        stored, scale = quantize(tensor)
+        stored, scale = by_block(tensor)
         written[name], written[f"{name}_scale_inv"] = stored, scale
         plain[name] = stored.float() * by_scale(scale, tuple(tensor.shape))  # type: ignore[arg-type]
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -147,3 +177,74 @@ def test_scales_that_do_not_fit_are_named(change: str, named: str, tmp_path: Pat
     with pytest.raises(UserError) as caught:
         from_pretrained(tmp_path, index_head_dim=16)
     assert named.format(scale=scale) in str(caught.value) and "model.safetensors" in str(caught.value)
+
+
+# --- written ---
+
+LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "wq_b", "wk")
+MLPS = ("gate_proj", "up_proj", "down_proj")
+
+
+@torch.no_grad()
+def test_written_in_deepseeks_layout_and_read_again(tmp_path: Path) -> None:
+    """e4m3 beside fp32 scales for the linear weights alone, config.json that says so; read and written again: the same
+    numbers."""
+    net = make_net(make_config(hidden_size=192, kv_lora_rank=128, intermediate_size=260, num_nextn_predict_layers=1))
+    save_pretrained(net, tmp_path / "one", dtype=torch.float8_e4m3fn, max_shard_bytes=300_000)
+    tensors = read_tensors(tmp_path / "one")
+    for name, tensor in tensors.items():
+        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if name.endswith("_scale_inv"):
+            weight = tensors[name.removesuffix("_scale_inv")]
+            assert tensor.dtype == torch.float32 and tensor.shape == scale_shape(tuple(weight.shape)), name
+        else:
+            assert (tensor.dtype == torch.float8_e4m3fn) == (leaf in (*LINEARS, *MLPS)), name
+            assert (f"{name}_scale_inv" in tensors) == (tensor.dtype == torch.float8_e4m3fn), name
+    assert {tensors[f"model.layers.0.self_attn.indexer.{n}.weight"].dtype for n in ("wq_b", "wk")} == {
+        torch.float8_e4m3fn
+    }
+    assert tensors["model.embed_tokens.weight"].dtype == tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.3.eh_proj.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    raw = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert raw["dtype"] == "bfloat16" and raw["quantization_config"] == {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    }  # fmt: skip
+    again = from_pretrained(tmp_path / "one")
+    for name, tensor in net.state_dict().items():
+        error = (again.state_dict()[name] - tensor).norm() / tensor.norm()
+        assert error < 0.04, name  # e4m3 keeps 4 bits; bf16 and fp32 far more
+    save_pretrained(again, tmp_path / "two", dtype=torch.float8_e4m3fn)
+    third = from_pretrained(tmp_path / "two").state_dict()
+    assert all(torch.equal(tensor, third[name]) for name, tensor in again.state_dict().items())
+
+
+@torch.no_grad()
+def test_transformers_reads_what_was_written(tmp_path: Path) -> None:
+    """With dimensions that are multiples of 128: its reader takes no others."""
+    from transformers import DeepseekV32ForCausalLM, FineGrainedFP8Config
+
+    net = make_net(
+        make_config(
+            hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=64,
+            qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=64, num_attention_heads=2, index_n_heads=2,
+            index_head_dim=128, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    for tensor in net.state_dict().values():
+        tensor.copy_(tensor.bfloat16())  # they read into bf16, which holds every e4m3 number but not our fp32 router
+    save_pretrained(net, tmp_path, dtype=torch.float8_e4m3fn)
+    wanted = FineGrainedFP8Config(dequantize=True)
+    theirs = DeepseekV32ForCausalLM.from_pretrained(tmp_path, quantization_config=wanted, dtype=torch.bfloat16)
+    config = from_pretrained(tmp_path).config
+    oracle = oracle_class("sparse")(oracle_config(config, "sparse")).eval()
+    oracle.load_state_dict({name: tensor.float() for name, tensor in theirs.state_dict().items()})
+    mine = from_pretrained(tmp_path, index_topk=T)
+    oracle.config.index_topk = T
+    for layer in oracle.model.layers:
+        layer.self_attn.indexer.index_topk = T
+    ids = random_ids()
+    expected = oracle(ids).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(mine.logits(ids, attention="sparse"), expected, rtol=0, atol=TOLERANCE)

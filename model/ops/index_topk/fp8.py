@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-4
+from model.fp8 import AMAX_FLOOR, power_of_two_scale
+
 CHANNELS = 128  # that share a scale
 
 
@@ -36,8 +36,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[-1] > CHANNELS:
         raise ValueError(f"one FP8 scale covers {CHANNELS} channels, got a width of {x.shape[-1]}")
     amax = x.abs().amax(-1).clamp(min=AMAX_FLOOR).float()
-    mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # mantissa in [0.5, 1): a power of two already iff it is 0.5
-    scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    scale = power_of_two_scale(amax)
     return (x / scale.unsqueeze(-1).to(x.dtype)).to(torch.float8_e4m3fn), scale
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.fp8 import E4M3_MAX
 from model.ops.index_topk import index_topk
-from model.ops.index_topk.fp8 import E4M3_MAX, hadamard, quantise, rounded
+from model.ops.index_topk.fp8 import hadamard, quantise, rounded
 from model.ops.settings import OpSettings
 from tests.model.ops.cases import make_doc_start, randn
 
