@@ -105,3 +105,14 @@ def test_without_a_gpu_it_says_so() -> None:
 
     ended = subprocess.run([sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "this machine has none: run it on one with CUDA" in ended.stderr
+
+
+def test_a_baseline_that_a_gpu_does_not_offer_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*arguments: object, **options: object) -> None:
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", unavailable)
+    assert gpu.run(PLAN, tmp_path / "gpu.json")
+    rows = {row["name"]: row for row in result(tmp_path)["rows"]}
+    assert rows["dense forward, SDPA default"]["error"] == "RuntimeError: No available kernel"
+    assert {"forward", "backward"} <= set(rows["attention of a training step"]["missing"])
