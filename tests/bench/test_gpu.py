@@ -22,6 +22,7 @@ PLAN = gpu.Plan(
     check_topk=4,
     workspace=1 << 20,
     repeats=1,
+    check_repeats=3,
     kernel_tests=False,
 )  # fmt: skip
 
