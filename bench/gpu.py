@@ -10,6 +10,7 @@ READMEs, backward with its recomputation; the share of the roofline is of the de
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import os
 import statistics
@@ -103,7 +104,7 @@ def flops(g: Geometry, length: int) -> dict[str, int]:
         "sparse_forward": 2 * g.heads * (row + g.latent) * s,
         "sparse_backward": 2 * g.heads * (3 * row + 2 * g.latent) * s,
         "sparse_target": 2 * g.heads * row * s,
-        "index_kl_selected": 3 * index * s,
+        "index_kl_selected": 4 * index * s,  # scores twice, dq, dk
         # attention, the target's logits, scores, and the products once more in each of the two gradient kernels
         "warm_up": (2 * g.heads * (2 * (g.nope + g.rope) + g.value) + 5 * index) * v,
     }
@@ -116,6 +117,9 @@ class Runner:
         self.plan, self.target, self.start = plan, target, time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.failed = False
+        self.about = {"name": "gpu", **provenance(), "command": "bash bench/gpu.sh"}
+        self.about["triton"] = importlib.metadata.version("triton")
+        self.about["plan"] = {"lengths": plan.lengths, "budget_s": plan.budget_s}
 
     @property
     def cuda(self) -> bool:
@@ -136,6 +140,7 @@ class Runner:
             row["skipped"] = "time budget"
         else:
             begun = time.monotonic()
+            self.write(running=name)  # a crash or a hang of the whole process leaves its name
             try:
                 row |= measure()
             except Exception as error:  # noqa: BLE001  (recorded, and the exit status says so)
@@ -150,29 +155,29 @@ class Runner:
         self.write()
         return row
 
-    def write(self) -> None:
-        about = {"name": "gpu", **provenance(), "plan": {"lengths": self.plan.lengths, "budget_s": self.plan.budget_s}}
+    def write(self, running: str | None = None) -> None:
+        state = {"running": running, "rows": self.rows, "passed": not self.failed and running is None}
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.target.write_text(json.dumps(about | {"rows": self.rows, "passed": not self.failed}, indent=1) + "\n")
+        self.target.write_text(json.dumps(self.about | state, indent=1) + "\n")
 
-    def timed(self, step: Callable[[], Any], work: int = 0, before: Callable[[], Any] | None = None) -> dict[str, Any]:
-        """Median milliseconds of `step` after one call that compiles, TFLOP/s, and memory above what was there.
-        `before` runs untimed ahead of each call and hands its result to nobody: a forward pass ahead of a backward."""
+    def timed(self, step: Callable[[], Any], work: int = 0) -> dict[str, Any]:
+        """Median milliseconds of `step` after one call that compiles, TFLOP/s, and the memory it needs beside inputs
+        and results (what it returns is held while that is read)."""
         times, extra = [], 0
         for turn in range(self.plan.repeats + 1):
-            if before is not None:
-                before()
             if self.cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 there = torch.cuda.memory_allocated()
             begun = time.perf_counter()
-            step()
+            results = step()
             if self.cuda:
                 torch.cuda.synchronize()
-                extra = max(extra, torch.cuda.max_memory_allocated() - there)
             if turn:
                 times.append(1000 * (time.perf_counter() - begun))
+            if self.cuda:
+                extra = max(extra, torch.cuda.max_memory_allocated() - max(there, torch.cuda.memory_allocated()))
+            del results
             if turn and (sum(times) > 1000 * LONG_S or self.left() < 60):
                 break
         found: dict[str, Any] = {"ms": round(statistics.median(times), 3), "extra_gib": round(extra / GIB, 3)}
@@ -243,14 +248,17 @@ def doc_start(plan: Plan, length: int, documents: int = 1) -> Tensor:
 
 
 def errors(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """Largest difference of each result, relative to its largest entry."""
+    """Of each result the larger of two: the largest difference over the largest entry, and |a - b| / |b| of the whole,
+    in which small entries cannot hide."""
     found = {}
     for name, value in expected.items():
         a, b = mine[name].double(), value.double()
         assert torch.equal(a.isfinite(), b.isfinite()), f"{name}: not finite in the same places"
         finite = b.isfinite()
-        difference = (a - b)[finite].abs().max() / b[finite].abs().max().clamp(min=1e-6)
-        found[name] = float(f"{difference.item():.2e}")
+        difference, size = (a - b)[finite], b[finite]
+        worst = difference.abs().max() / size.abs().max().clamp(min=1e-6)
+        whole = difference.norm() / size.norm().clamp(min=1e-6)
+        found[name] = float(f"{max(worst.item(), whole.item()):.2e}")
     return {"errors": found, "ok": max(found.values()) <= MAX_ERROR, "bound": MAX_ERROR}
 
 
@@ -318,8 +326,26 @@ def check_selection(plan: Plan, fp8: bool) -> dict[str, Any]:
     return {"rows_equal": round(same, 4), "most_differing": max(map(len, sets)), "ok": max(map(len, sets)) <= 4}
 
 
-def kernel_tests(plan: Plan) -> dict[str, Any]:
+def check_ties(plan: Plan) -> dict[str, Any]:
+    """Small whole numbers, exact in bf16 and full of ties, with all of k: equal to torch's entry for entry."""
+    length, g = plan.lengths[0], plan.geometry
+    rows = torch.arange(max(0, length - 256), length, device=plan.device)
+    generator = torch.Generator(plan.device).manual_seed(30)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator, device=plan.device).to(torch.bfloat16)
+
+    q, k = whole(len(rows), g.index_heads, g.index_dim), whole(length, g.index_dim)
+    w, start = whole(len(rows), g.index_heads).float(), doc_start(plan, length)[rows]
+    mine, other = (
+        index_topk(q, k, w, start, g.topk, rows, OpSettings(backend, plan.workspace)) for backend in ("triton", "torch")
+    )
+    return {"ok": torch.equal(mine, other), "T": length, "k": g.topk}
+
+
+def kernel_tests(runner: Runner) -> dict[str, Any]:
     """The kernels' own tests, compiled instead of interpreted."""
+    limit = min(200.0, runner.left())
     root = RESULTS.parents[1]
     files = sorted(str(p) for p in (root / "tests/model/ops").glob("test_kernel_*.py") if "compile" not in p.name)
     files.append(str(root / "tests/model/ops/test_triton_backend.py"))
@@ -327,9 +353,9 @@ def kernel_tests(plan: Plan) -> dict[str, Any]:
     environment = os.environ | {"WINNOW_TEST_GPU": "1"}
     environment.pop("TRITON_INTERPRET", None)
     try:
-        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        return {"ok": False, "output": f"not through in 200 s: {str(error.stdout)[-1500:]}"}
+        return {"ok": False, "output": f"not through in {limit:.0f} s: {str(error.stdout)[-1500:]}"}
     return {"ok": ended.returncode == 0, "output": ended.stdout[-3000:]}
 
 
@@ -361,9 +387,9 @@ def time_sparse(runner: Runner, length: int) -> dict[str, float]:
     def forward(target: bool, settings: OpSettings = fast) -> None:
         kept["found"] = sparse_mla(*tensors, idx, g.scale, target, settings)
 
-    def backward() -> None:
+    def backward() -> Any:
         out = kept["found"].out
-        torch.autograd.grad(out, tensors, out.detach(), retain_graph=True)
+        return torch.autograd.grad(out, tensors, out.detach(), retain_graph=True)
 
     note("sparse_mla forward", lambda: runner.timed(lambda: forward(False), work["sparse_forward"]))
     note("sparse_mla forward with target",
@@ -424,11 +450,11 @@ def time_warm_up(runner: Runner, length: int) -> None:
     work, settings = flops(g, length), OpSettings("triton", plan.workspace)
     start, index, (q, k, v) = doc_start(plan, length), index_inputs(plan, length), dense_inputs(plan, length)
 
-    def attention() -> None:
-        mla_dense_lse(q, k, v, start, g.scale, settings=settings)
+    def attention() -> Any:
+        return mla_dense_lse(q, k, v, start, g.scale, settings=settings)
 
-    def whole() -> None:
-        index_kl_dense(q, k, v, g.scale, *index, start, settings=settings)
+    def whole() -> Any:
+        return index_kl_dense(q, k, v, g.scale, *index, start, settings=settings)
 
     runner.row("mla_dense forward, Triton", lambda: runner.timed(attention, work["dense_forward"]), T=length)
     runner.row("index_kl_dense", lambda: runner.timed(whole, work["warm_up"]), T=length)
@@ -454,6 +480,9 @@ def run(plan: Plan, target: Path) -> bool:
     runner.row("check warm-up", lambda: check_warm_up(plan))
     for fp8 in (False, True):
         runner.row("check selection", partial(check_selection, plan, fp8), fp8=fp8)
+    runner.row("check ties", partial(check_ties, plan))
+    if plan.kernel_tests:
+        runner.row("kernel tests", partial(kernel_tests, runner))
     for length in plan.lengths:
         ready: list[dict[str, float]] = []
         for part in (time_sparse, time_dense):
@@ -468,8 +497,6 @@ def run(plan: Plan, target: Path) -> bool:
             time_warm_up(runner, length)
         except Exception as error:  # noqa: BLE001  (as above)
             runner.row("time_warm_up", partial(dict, error=f"{type(error).__name__}: {error}"), T=length)
-    if plan.kernel_tests:
-        runner.row("kernel tests", lambda: kernel_tests(plan))
     return not runner.failed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,10 +37,13 @@ def _cpu_name() -> str:
 
 def provenance() -> dict[str, Any]:
     """Where and with what a result was measured."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    commit = os.environ.get("WINNOW_COMMIT", "")  # where the code was copied without its history
+    if not commit and shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip()
     return {
         "date": date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{_cpu_name()}, {os.cpu_count()} cores",

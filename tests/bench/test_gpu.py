@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tests.model.ops.interpreter  # noqa: F401  (repairs bf16 in the interpreter)
+from bench.registry import provenance
 
 from bench import gpu  # isort: skip
 
@@ -42,7 +44,7 @@ def test_every_kernel_is_checked_and_timed(whole: tuple[bool, dict]) -> None:
     assert passed and found["passed"], [row for row in found["rows"] if "error" in row or row.get("ok") is False]
     assert not any("skipped" in row for row in found["rows"])
     checks = [row for row in found["rows"] if row["name"].startswith("check")]
-    assert len(checks) == 5 and all(row["ok"] for row in checks)
+    assert found["running"] is None and len(checks) == 6 and all(row["ok"] for row in checks)
     assert [row["repeats_equal"] for row in checks if row.get("deterministic")] == [True]
     timed = {row["name"] for row in found["rows"] if "ms" in row}
     assert timed == {
@@ -117,3 +119,31 @@ def test_a_baseline_that_a_gpu_does_not_offer_is_no_failure(tmp_path: Path, monk
     rows = {row["name"]: row for row in result(tmp_path)["rows"]}
     assert rows["dense forward, SDPA default"]["error"] == "RuntimeError: No available kernel"
     assert {"forward", "backward"} <= set(rows["attention of a training step"]["missing"])
+
+
+def test_a_crash_leaves_the_name_of_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*arguments: object, **options: object) -> None:
+        raise SystemExit(139)
+
+    monkeypatch.setattr(gpu, "check_warm_up", crash)
+    with pytest.raises(SystemExit):
+        gpu.run(PLAN, tmp_path / "gpu.json")
+    found = result(tmp_path)
+    assert found["running"] == "check warm-up" and not found["passed"] and len(found["rows"]) == 2
+
+
+def test_an_error_of_small_entries_is_seen() -> None:
+    """Half of the entries are lost, all small beside the largest one."""
+    expected = {"d": torch.ones(1000)}
+    expected["d"][0] = 100.0
+    mine = {"d": expected["d"].clone()}
+    mine["d"][500:] = 0.0
+    assert not gpu.errors(mine, expected)["ok"]
+    assert gpu.errors(expected, expected) == {"errors": {"d": 0.0}, "ok": True, "bound": gpu.MAX_ERROR}
+
+
+def test_git_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] == "unknown"
+    monkeypatch.setenv("WINNOW_COMMIT", "abc123")
+    assert provenance()["commit"] == "abc123"
