@@ -73,7 +73,6 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
     "parallel.zero": (lambda value: value == 3, "parallel.zero=2"),
     "parallel.ep": (lambda value: value > 1, "parallel.ep=1"),
-    "parallel.cp": (lambda value: value > 1, "parallel.cp=1"),
     "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
     "precision.name": (lambda value: value == "fp8", "precision=bf16 or precision=fp32"),
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
@@ -223,6 +222,11 @@ def world_divides(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"{key}={degree} does not divide the world of {world_size} processes: start a multiple of {degree}"
 
 
+def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.parallel.cp > 1 and config.stage == "grpo":
+        yield f"parallel.cp={config.parallel.cp} is not supported yet in stage grpo: use parallel.cp=1"
+
+
 def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.stage == "evaluate" and config.data.heldout == 0:
         yield "data.heldout=0 leaves evaluate nothing to measure on: give the share that training left out"
@@ -274,6 +278,7 @@ RULES: tuple[Rule, ...] = (
     expert_groups,
     layers_fit,
     world_divides,
+    stage_layout,
     heldout_to_measure,
     rl_batch,
 )

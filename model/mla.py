@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from model.context import Context
 from model.indexer import LightningIndexer
 from model.layers import RMSNorm
 from model.ops.common import IndexKL, compute_dtype, no_autocast, with_gradients
@@ -122,16 +123,24 @@ class MLA(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        doc_start: Tensor,
+        context: Context,
         attention: str,
         indexer_loss: str | None,
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
-        """x [T, D] after the input norm, cos/sin [T, rope/2], doc_start [T] -> ([T, D], indexer loss or None)."""
+        """x [R, D] after the input norm, cos/sin [R, rope/2] -> ([R, D], indexer loss or None).
+
+        Of the rest of the sequence only latents, rope keys and index keys are asked for: queries stay where they are.
+        """
         p = self.project(x, cos, sin)
-        if attention == "dense":
-            return self._dense(x, p, cos, sin, doc_start, indexer_loss, stats)
-        return self._sparse(x, p, cos, sin, doc_start, indexer_loss, stats)
+        form = self._dense if attention == "dense" else self._sparse
+        return form(x, p, cos, sin, context, indexer_loss, stats)
+
+    def _rows(self, p: Projected, context: Context) -> tuple[Tensor, Tensor]:
+        """latent [T, C] and k_rope [T, rope] of the whole sequence."""
+        rows = context.gather(torch.cat([p.latent, p.k_rope], -1))
+        latent, k_rope = rows.split([self.kv_lora_rank, self.rope], -1)
+        return latent, k_rope
 
     def _dense(
         self,
@@ -139,15 +148,21 @@ class MLA(nn.Module):
         p: Projected,
         cos: Tensor,
         sin: Tensor,
-        doc_start: Tensor,
+        context: Context,
         indexer_loss: str | None,
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
-        k_nope, v = self.kv_b_proj(p.latent, "expand").split([self.nope, self.v], -1)
+        latent, k_rope = self._rows(p, context)
+        k_nope, v = self.kv_b_proj(latent, "expand").split([self.nope, self.v], -1)
         q = torch.cat([p.q_nope, p.q_rope], -1)
-        k = torch.cat([k_nope, p.k_rope.unsqueeze(-2).expand(-1, self.heads, -1)], -1)
+        k = torch.cat([k_nope, k_rope.unsqueeze(-2).expand(-1, self.heads, -1)], -1)
+        rows = (context.doc_start, context.q_pos)
+
+        def attend() -> Tensor:
+            return mla_dense(q, k, v, rows[0], self.scale, rows[1], self.settings)
+
         if indexer_loss is None:
-            return self.o_proj(mla_dense(q, k, v, doc_start, self.scale).flatten(-2)), None
+            return self.o_proj(attend().flatten(-2)), None
         assert indexer_loss == "dense", indexer_loss
         # A trunk under no_grad takes its attention from the loss's own pass; a training one needs SDPA's backward.
         shared = not (torch.is_grad_enabled() and q.requires_grad)
@@ -155,14 +170,15 @@ class MLA(nn.Module):
 
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
             values = v if shared else None
+            topk = self.topk if stats else None
             found, kl = index_kl_dense(
-                q, k, values, self.scale, q_i, k_i, w, doc_start, self.topk if stats else None, settings=self.settings
+                q, k, values, self.scale, q_i, context.gather(k_i), w, rows[0], topk, rows[1], self.settings
             )
             attended.append(found)
             return kl
 
         kl = self.local_loss(loss, self.index(x, p, cos, sin, graph=True))
-        out = attended[0] if shared else mla_dense(q, k, v, doc_start, self.scale)
+        out = attended[0] if shared else attend()
         assert out is not None
         return self.o_proj(out.flatten(-2)), kl
 
@@ -172,17 +188,19 @@ class MLA(nn.Module):
         p: Projected,
         cos: Tensor,
         sin: Tensor,
-        doc_start: Tensor,
+        context: Context,
         indexer_loss: str | None,
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
-        index = self.index(x, p, cos, sin, graph=indexer_loss is not None)
-        idx = index_topk(index.q, index.k, index.w, doc_start, self.topk, settings=self.settings)
         learns = indexer_loss is not None
-        w_uk = self.kv_b_proj(None, "key_weight")
-        attended = sparse_mla(
-            p.q_nope, p.q_rope, w_uk, p.latent, p.k_rope, idx, self.scale, learns, settings=self.settings
+        index = self.index(x, p, cos, sin, graph=learns)
+        k_index = context.gather(index.k)
+        idx = index_topk(
+            index.q, k_index, index.w, context.doc_start, self.topk, q_pos=context.q_pos, settings=self.settings
         )
+        w_uk = self.kv_b_proj(None, "key_weight")
+        rows = self._rows(p, context)
+        attended = sparse_mla(p.q_nope, p.q_rope, w_uk, *rows, idx, self.scale, learns, settings=self.settings)
         out = self.output(attended.out.to(x.dtype))
         if indexer_loss is None:
             return out, None
@@ -192,7 +210,7 @@ class MLA(nn.Module):
         def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
             return index_kl_selected(target, idx, q_i, k_i, w, stats, settings=self.settings)
 
-        return out, self.local_loss(loss, index)
+        return out, self.local_loss(loss, index._replace(k=k_index))
 
     def index(self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, graph: bool) -> Indexed:
         """The indexer on detached inputs; `graph` keeps the way to its parameters, for `local_loss`."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from model.context import Context
 from model.layers import MLP, swiglu
 from model.ops.common import no_autocast
 
@@ -109,31 +110,28 @@ class MoE(nn.Module):
         routing = self.gate(x)
         return self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x), routing
 
-    def forward(self, x: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> (out [T, D], tokens routed to each expert [E] int64, balance loss). Padding is computed, not
-        counted."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, D] -> (out [R, D], tokens routed to each expert [E] int64, balance loss; 0 where no gradient is asked
+        for). Padding is computed, not counted."""
         out, routing = self.mix(x)
-        real = doc_start <= torch.arange(x.shape[0], device=x.device)
-        counts = torch.bincount(routing.experts[real].flatten(), minlength=self.num_experts)
-        return out, counts, balance_loss(routing, doc_start, real)
+        counts = torch.bincount(routing.experts[context.real].flatten(), minlength=self.num_experts)
+        return out, counts, balance_loss(routing, context) if torch.is_grad_enabled() else x.new_zeros(())
 
 
-def balance_loss(routing: Routing, doc_start: Tensor, real: Tensor) -> Tensor:
-    """Sequence-wise balance loss (V3, eq. 17-20) without its factor alpha, each document a sequence, mean over real
-    tokens.
+def balance_loss(routing: Routing, context: Context) -> Tensor:
+    """These rows' part of the sequence-wise balance loss (V3, eq. 17-20) without its factor alpha, each document a
+    sequence, mean over the sequence's real tokens.
 
     Per document: sum_i f_i P_i, f_i = E / (K n) * times expert i was chosen, P_i = mean normalised score of expert i.
+    f has no gradient and P is a sum over rows, so the parts of all slices add up to the loss, and so do their
+    gradients: only the counts in f travel.
     """
     num_experts, top_k = routing.scores.shape[1], routing.experts.shape[1]
-    if not bool(real.any()):
-        return routing.scores.sum() * 0.0
-    _, document = torch.unique_consecutive(doc_start[real], return_inverse=True)
-    documents = int(document[-1]) + 1
-    share = routing.scores[real]
+    real, lengths = context.real, context.lengths.unsqueeze(1)
+    document, share = context.document[real], routing.scores[real]
+    chosen = torch.zeros(lengths.shape[0] * num_experts, device=share.device)
+    place = document.unsqueeze(1) * num_experts + routing.experts[real]
+    chosen = context.add(chosen.index_add_(0, place.flatten(), chosen.new_ones(place.numel())))
+    frequency = chosen.view(-1, num_experts) * num_experts / (top_k * lengths.clamp(min=1))
     share = share / share.sum(-1, keepdim=True)
-    length = torch.bincount(document, minlength=documents).unsqueeze(1).float()
-    shape = (documents, num_experts)
-    mean_share = torch.zeros(shape, device=share.device).index_add(0, document, share) / length
-    chosen = torch.zeros(share.shape, device=share.device).scatter_(1, routing.experts[real], 1.0)
-    frequency = torch.zeros(shape, device=share.device).index_add(0, document, chosen) * num_experts / (top_k * length)
-    return ((frequency * mean_share).sum(1, keepdim=True) * length).sum() / length.sum()
+    return (frequency[document] * share).sum() / lengths.sum().clamp(min=1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
+from model.context import Context
 from model.layers import MLP, LMHead, RMSNorm
 from model.mla import MLA
 from model.moe import MoE, Router
@@ -40,8 +41,9 @@ class ForwardOutput:
 
 @dataclass(frozen=True)
 class _Request:
-    """What the caller of forward asked each layer for."""
+    """What the caller of forward asked each layer for, and the rows that it is asked about."""
 
+    context: Context
     attention: str
     indexer_loss: str | None
     stats: bool
@@ -58,15 +60,15 @@ class Layer(nn.Module):
         self.mlp: MoE | MLP = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor, request: _Request
+        self, x: Tensor, cos: Tensor, sin: Tensor, request: _Request
     ) -> tuple[Tensor, IndexKL | None, tuple[Tensor, Tensor] | None]:
         attended, index = self.self_attn(
-            self.input_layernorm(x), cos, sin, doc_start, request.attention, request.indexer_loss, request.stats
+            self.input_layernorm(x), cos, sin, request.context, request.attention, request.indexer_loss, request.stats
         )
         x = x + attended
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, counts, balance = self.mlp(h, doc_start)
+            out, counts, balance = self.mlp(h, request.context)
             return x + out, index, (counts, balance)
         return x + self.mlp(h), index, None
 
@@ -138,29 +140,32 @@ class Transformer(nn.Module):
         lm_loss: bool = True,
         trunk_grad: bool = True,
         stats: bool = False,
+        mtp: bool = True,
+        context: Context | None = None,
     ) -> ForwardOutput:
-        """One packed sequence; all tensors [T] int64 (see `data/packing.py`).
+        """One packed sequence, or the rows of it that `context` describes; all tensors [R] int64 (see
+        `data/packing.py`).
 
         attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense
-        attention) or
-        `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under no_grad;
-        stats adds the indexer's health sums.
+        attention) or `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under
+        no_grad; stats adds the indexer's health sums; mtp False leaves the MTP modules out.
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
-        request = _Request(attention, indexer_loss, stats)
+        context = context or Context.whole(doc_start)
+        request = _Request(context, attention, indexer_loss, stats)
         found = _Collector()
         mtp_logprobs = None
-        # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer
-        with_mtp = len(self.mtp) > 0 and (indexer_loss is not None or (lm_loss and bool((mtp_labels >= 0).any())))
+        # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer. What runs must not
+        # depend on the data: ranks that share experts or a sequence meet in every layer.
+        with_mtp = mtp and len(self.mtp) > 0 and (indexer_loss is not None or lm_loss)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_grad):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
-            hidden = self._trunk(input_ids, table, doc_start, request, found)
+            hidden = self._trunk(input_ids, table, request, found)
             token_logprobs = self.lm_head(hidden, labels) if lm_loss else None
             if with_mtp:
-                mtp_hidden = self._mtp(hidden, next_ids, table, doc_start, request, found)
+                mtp_hidden = self._mtp(hidden, next_ids, table, request, found)
                 mtp_logprobs = self.lm_head(mtp_hidden, mtp_labels) if lm_loss else None
-        real = doc_start <= torch.arange(doc_start.shape[0], device=doc_start.device)
         names = found.kl[0].stats if found.kl else {}
         empty = torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64)
         return ForwardOutput(
@@ -170,15 +175,13 @@ class Transformer(nn.Module):
             torch.stack([index.kl_sum for index in found.kl]) if found.kl else None,
             torch.stack(found.counts) if found.counts else empty,
             {name: torch.stack([index.stats[name] for index in found.kl]) for name in names},
-            real.sum(),
+            context.real.sum(),
         )
 
-    def _trunk(
-        self, input_ids: Tensor, table: tuple[Tensor, Tensor], doc_start: Tensor, request: _Request, found: _Collector
-    ) -> Tensor:
+    def _trunk(self, input_ids: Tensor, table: tuple[Tensor, Tensor], request: _Request, found: _Collector) -> Tensor:
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x, index, moe = self._run(layer, x, table, doc_start, request)
+            x, index, moe = self._run(layer, x, table, request)
             found.add(index, moe)
         return self.norm(x)
 
@@ -187,21 +190,20 @@ class Transformer(nn.Module):
         hidden: Tensor,
         next_ids: Tensor,
         table: tuple[Tensor, Tensor],
-        doc_start: Tensor,
         request: _Request,
         found: _Collector,
     ) -> Tensor:
         module = self.mtp[0]
         assert isinstance(module, MTPModule)
         x = module.combine(hidden, self.embed_tokens(next_ids))
-        x, index, moe = self._run(module.layer, x, table, doc_start, request)
+        x, index, moe = self._run(module.layer, x, table, request)
         found.add(index, moe)
         return module.norm(x)
 
-    def _run(self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], doc_start: Tensor, request: _Request):
+    def _run(self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], request: _Request):
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, *table, doc_start, request, use_reentrant=False)
-        return layer(x, *table, doc_start, request)
+            return checkpoint(layer, x, *table, request, use_reentrant=False)
+        return layer(x, *table, request)
 
     def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
         """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T,
@@ -215,7 +217,8 @@ class Transformer(nn.Module):
         out = []
         for ids, start in zip(input_ids, starts, strict=True):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, (rows - start).clamp(min=0))
-            out.append(self.lm_head(self._trunk(ids, table, start, _Request(attention, None, False), _Collector())))
+            request = _Request(Context.whole(start), attention, None, False)
+            out.append(self.lm_head(self._trunk(ids, table, request, _Collector())))
         return torch.stack(out)
 
     def indexer_parameters(self) -> list[tuple[str, nn.Parameter]]:

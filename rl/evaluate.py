@@ -54,11 +54,13 @@ def run(context: RunContext) -> None:
 
 def held_out_losses(context: RunContext, net: Transformer) -> dict[str, float]:
     """`train.evaluate.evaluate_losses` on `train.eval_sequences` held-out sequences, and tokens/s of it."""
-    config, rank, world = context.config, distributed.rank(), distributed.world_size()
+    config, cp = context.config, context.cp
     stream, count = open_heldout(context), config.train.eval_sequences
     start = time.monotonic()
-    with Progress(len(range(rank, count, world)), "held-out loss", context.is_main, unit="sequence") as progress:
-        found = evaluate_losses(net, stream, count, config.precision.name, progress.update)
+    with Progress(
+        len(range(cp.replica, count, cp.replicas)), "held-out loss", context.is_main, unit="sequence"
+    ) as progress:
+        found = evaluate_losses(net, stream, count, cp, config.precision.name, progress.update)
     seconds = distributed.max_over_ranks(time.monotonic() - start)
     return found | {"perf/tokens_per_s": count * config.data.seq_len / seconds}
 

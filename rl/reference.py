@@ -43,7 +43,7 @@ class Reference:
         """log pi_ref of a row's labels [T]."""
         device = inputs["input_ids"].device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            found = self.net(**inputs, attention=attention).token_logprobs
+            found = self.net(**inputs, attention=attention, mtp=False).token_logprobs
         assert found is not None
         return found
 

@@ -75,7 +75,7 @@ def _row_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     device = distributed.device()
     inputs = {name: field.to(device) for name, field in row.inputs().items()}
-    out = engine.forward(**inputs, attention=attention)
+    out = engine.forward(**inputs, attention=attention, mtp=False)
     assert out.token_logprobs is not None
     tokens = PolicyTokens(
         logprobs=out.token_logprobs,

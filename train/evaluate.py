@@ -15,8 +15,10 @@ from torch import Tensor
 
 from data.packing import PackedBatch
 from model import Transformer
+from model.context import Context
 from train import distributed
 from train.losses import Sums, add_sums, indexer_metrics, reduce_sums
+from train.parallel.cp import ContextParallel
 
 STATS = ("kl_uniform", "mass", "oracle_mass", "rows")
 
@@ -32,21 +34,23 @@ def evaluate_losses(
     net: Transformer,
     sequences: Sequences,
     num_sequences: int,
+    cp: ContextParallel,
     precision: str = "fp32",
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The first `num_sequences` of `sequences`, shared out over the ranks; the same result on every rank.
+    """The first `num_sequences` of `sequences`, shared out over the replicas of `cp`; the same result on every rank.
 
     Returns loss/lm_dense and loss/lm_sparse (nats a token), loss/mtp_dense where there is MTP, and the keys of
-    `losses.indexer_metrics` for all causal positions. `done` is called after each of this rank's sequences.
+    `losses.indexer_metrics` for all causal positions. `done` is called after each of this replica's
+    sequences.
     """
     device = next(net.parameters()).device
     layers = net.config.num_hidden_layers + len(net.mtp)
     total: Sums = {}
     with _frozen(net), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for index in range(distributed.rank(), num_sequences, distributed.world_size()):
+        for index in range(cp.replica, num_sequences, cp.replicas):
             batch = {name: field.to(device) for name, field in sequences.sequence(index).tensors().items()}
-            add_sums(total, {name: value.double() for name, value in sequence_sums(net, batch).items()})
+            add_sums(total, {name: value.double() for name, value in sequence_sums(net, *cp.share(batch)).items()})
             done()
     scalars = ("lm_dense", "lm_sparse", "mtp_dense", "lm_tokens", "mtp_tokens", "positions")
     shapes: dict[str, tuple[int, ...]] = {name: () for name in scalars} | {"kl": (layers,)}
@@ -60,10 +64,10 @@ def evaluate_losses(
     return result | indexer_metrics(found["kl"], stats, rows, net.config.num_hidden_layers, "dense")
 
 
-def sequence_sums(net: Transformer, batch: dict[str, Tensor]) -> Sums:
-    """Sums over one sequence: one dense forward with the indexer's loss, one sparse."""
-    dense = net(**batch, attention="dense", indexer_loss="dense", stats=True)
-    sparse = net(**batch, attention="sparse")
+def sequence_sums(net: Transformer, batch: dict[str, Tensor], context: Context) -> Sums:
+    """Sums over the rows of one sequence: one dense forward with the indexer's loss, one sparse."""
+    dense = net(**batch, context=context, attention="dense", indexer_loss="dense", stats=True)
+    sparse = net(**batch, context=context, attention="sparse", mtp=False)
     assert dense.indexer_kl is not None
     sums = {
         "lm_dense": -dense.token_logprobs.sum(),

@@ -1,8 +1,8 @@
 """The training loop of pretrain, dense_warmup, sparse_adapt and sft: it reads the stage's declaration and knows no
 stage.
 
-A step takes `world x micro_batches` packed sequences by their global index, so another layout of the same number gives
-the same step. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks
+A step takes `replicas x micro_batches` packed sequences by their global index, so another layout of the same number
+gives the same step; under context parallelism cp ranks are one replica. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks
 agree.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packing import PackedBatch
 from model import Transformer
@@ -117,8 +117,9 @@ def train(context: RunContext) -> None:
 
 
 def take_sequences(context: RunContext, stream: Stream) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of the next step, on its device."""
-    found = stream.take(context.config.train.micro_batches, distributed.rank(), distributed.world_size())
+    """The micro-batches of this rank's replica in the next step, whole sequences on its device."""
+    cp = context.cp
+    found = stream.take(context.config.train.micro_batches, cp.replica, cp.replicas)
     return [{name: field.to(context.device) for name, field in batch.tensors().items()} for batch in found]
 
 
@@ -126,19 +127,20 @@ def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor
     """Forward and backward of all micro-batches; the gradients then wait for `engine.step`."""
     stage, config, net = context.stage, context.config, engine.net
     assert isinstance(net, Transformer)
-    counts = global_counts(batches)
+    counts = global_counts(batches, context.cp.size)
     total: Sums = {}
     for j, batch in enumerate(batches):
+        rows, place = context.cp.share(batch)
         out = engine.forward(
-            **batch,
+            **rows,
+            context=place,
             attention=stage.attention,
             indexer_loss=stage.indexer_loss,
             lm_loss=stage.lm_loss,
             trunk_grad=stage.trunk_grad,
             stats=stats and stage.indexer_loss is not None,
         )
-        idle = unused(net) if stage.lm_loss and out.mtp_logprobs is None else []
-        loss, sums = micro_batch_loss(out, counts, stage, config.train, idle)
+        loss, sums = micro_batch_loss(out, counts, stage, config.train)
         add_sums(total, sums)
         engine.backward(loss, last=j == len(batches) - 1)
     total["stop"] = total["loss"].new_tensor(float(context.stop_asked))
@@ -147,11 +149,6 @@ def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor
     shapes = step_shapes(stage, layers, len(net.routers()), config.model.n_routed_experts, names)
     found = reduce_sums(total, shapes)
     return Step(found, counts, float(found["loss"]), engine.grad_norm(), bool(found["stop"] > 0))
-
-
-def unused(net: Transformer) -> list[nn.Parameter]:
-    """What trains and a forward without an MTP target left out."""
-    return [p for p in net.mtp.parameters() if p.requires_grad]
 
 
 def metrics_row(

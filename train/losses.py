@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.schema import TrainConfig
 from model import ForwardOutput
@@ -34,25 +34,20 @@ class Counts:
     sequences: float
 
 
-def global_counts(batches: Iterable[Mapping[str, Tensor]]) -> Counts:
-    """Counts over this rank's micro-batches, summed over ranks. `batches`: fields of PackedBatch, [T] each."""
+def global_counts(batches: Iterable[Mapping[str, Tensor]], cp: int = 1) -> Counts:
+    """Counts over this rank's micro-batches, summed over ranks. `batches`: fields of PackedBatch, [T] each; whole
+    sequences, which `cp` ranks share."""
     total = torch.zeros(4, dtype=torch.float64, device=distributed.device())
     for batch in batches:
         rows = torch.arange(batch["doc_start"].shape[0], device=batch["doc_start"].device)
         real = (batch["doc_start"] <= rows).sum()
         targets, second = (batch["labels"] >= 0).sum(), (batch["mtp_labels"] >= 0).sum()
         total += torch.stack([targets, second, real, torch.ones_like(real)])
-    return Counts(*distributed.sum_over_ranks(total).clamp(min=1).tolist())
+    return Counts(*(distributed.sum_over_ranks(total) / cp).clamp(min=1).tolist())
 
 
-def micro_batch_loss(
-    out: ForwardOutput, counts: Counts, stage: Stage, train: TrainConfig, idle: Iterable[nn.Parameter] = ()
-) -> tuple[Tensor, Sums]:
-    """-> (this micro-batch's share of the loss, differentiable; sums for the metrics, detached).
-
-    `idle`: trainable parameters that this forward did not use. They get zero gradients, because a rank whose batch left
-    them out would otherwise reduce other tensors than its neighbours.
-    """
+def micro_batch_loss(out: ForwardOutput, counts: Counts, stage: Stage, train: TrainConfig) -> tuple[Tensor, Sums]:
+    """-> (this micro-batch's share of the loss, differentiable; sums for the metrics, detached)."""
     terms: list[Tensor] = []
     sums: Sums = {}
     if out.token_logprobs is not None:
@@ -66,7 +61,6 @@ def micro_batch_loss(
         terms.append(out.indexer_kl.sum() / counts.rows)
     if stage.trunk_grad and stage.lm_loss:
         terms.append(train.balance_weight * out.balance / counts.sequences)
-    terms.extend(p.sum() * 0.0 for p in idle)
     loss = torch.stack(terms).sum()
     sums |= {"loss": loss, "expert_counts": out.expert_counts, **{f"stat/{name}": s for name, s in out.stats.items()}}
     return loss, {name: value.detach().double() for name, value in sums.items()}

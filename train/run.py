@@ -29,6 +29,7 @@ from train.checkpoint import TrainState
 from train.engine import Engine
 from train.guards import Guard
 from train.metrics import MetricsWriter
+from train.parallel.cp import ContextParallel
 from train.progress import Progress
 from train.stages import STAGES
 from train.start import differences, op_settings, resolve, weights_folder
@@ -63,6 +64,7 @@ class RunContext:
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
         self.ops = op_settings(config, self.device)
+        self.cp = ContextParallel(config.parallel.cp)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.stop_asked = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from model.context import Context
 from model.moe import MoE, balance_loss
 from tests.model.tiny import CONFIG, tiny_net
 
@@ -28,7 +29,7 @@ def route_token(layer: MoE, x: torch.Tensor) -> dict[int, float]:
 
 def test_output_is_the_gated_sum_of_the_chosen_experts_and_the_shared_one() -> None:
     layer, x = moe(), torch.randn(17, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
-    out, counts, _ = layer(x, torch.zeros(17, dtype=torch.int64))
+    out, counts, _ = layer(x, Context.whole(torch.zeros(17, dtype=torch.int64)))
     e, loads = layer.experts, [0] * CONFIG.n_routed_experts
     for t in range(17):
         expected = layer.shared_experts(x[t])
@@ -66,7 +67,6 @@ def test_balance_loss_is_the_token_weighted_mean_of_each_documents_sum_f_p() -> 
     x = torch.randn(20, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2))
     doc_start = torch.tensor([0] * 11 + [11] + [12] * 6 + [20] * 2)
     routing = layer.gate(x)
-    real = doc_start <= torch.arange(20)
     expected, start = 0.0, 0
     for n in lengths:
         f, p = [0.0] * 4, [0.0] * 4
@@ -78,14 +78,14 @@ def test_balance_loss_is_the_token_weighted_mean_of_each_documents_sum_f_p() -> 
         expected += n * sum(a * b for a, b in zip(f, p, strict=True))
         start += n
     torch.testing.assert_close(
-        float(balance_loss(routing, doc_start, real).detach()), expected / sum(lengths), rtol=1e-6, atol=0
+        float(balance_loss(routing, Context.whole(doc_start)).detach()), expected / sum(lengths), rtol=1e-6, atol=0
     )
 
 
 def test_empty_experts_and_gradients_of_the_rest() -> None:
     layer, x = moe(), torch.randn(3, CONFIG.hidden_size)
     layer.gate.e_score_correction_bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
-    out, counts, _ = layer(x, torch.zeros(3, dtype=torch.int64))
+    out, counts, _ = layer(x, Context.whole(torch.zeros(3, dtype=torch.int64)))
     out.sum().backward()
     assert counts.tolist() == [3, 3, 0, 0]
     assert not layer.experts.w1.grad[2:].any() and bool(layer.experts.w1.grad[:2].any())

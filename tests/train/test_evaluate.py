@@ -9,6 +9,7 @@ from data.packing import PackedBatch
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train.evaluate import evaluate_losses
+from train.parallel.cp import ContextParallel
 
 NUM = 3
 
@@ -18,8 +19,8 @@ class Batches:
         return PackedBatch(**tiny.batch(index))
 
 
-def evaluate() -> dict[str, float]:
-    return evaluate_losses(tiny.build(), Batches(), NUM)
+def evaluate(cp: int = 1) -> dict[str, float]:
+    return evaluate_losses(tiny.build(), Batches(), NUM, ContextParallel(cp))
 
 
 def test_losses_are_means_over_all_held_out_tokens() -> None:
@@ -53,13 +54,15 @@ def test_ranks_share_the_sequences_and_agree() -> None:
     first, second = run_ranks(evaluate, 2)
     assert first == second
     assert first == pytest.approx(alone, rel=1e-5)
+    sliced, other = run_ranks(evaluate, 2, 2)
+    assert sliced == other == pytest.approx(alone, rel=1e-5)
 
 
 def test_parameters_keep_their_requires_grad() -> None:
     def check() -> tuple[bool, bool]:
         net = tiny.build()
         net.norm.weight.requires_grad_(False)
-        evaluate_losses(net, Batches(), 1)
+        evaluate_losses(net, Batches(), 1, ContextParallel(1))
         return net.norm.weight.requires_grad, net.lm_head.weight.requires_grad
 
     assert run_ranks(check, 1) == [(False, True)]

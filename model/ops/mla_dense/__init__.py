@@ -1,4 +1,3 @@
-from model.ops.mla_dense.op import mla_dense_lse
-from model.ops.mla_dense.streaming import mla_dense
+from model.ops.mla_dense.op import mla_dense, mla_dense_lse
 
 __all__ = ["mla_dense", "mla_dense_lse"]

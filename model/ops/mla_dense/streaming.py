@@ -14,11 +14,8 @@ from model.ops.common import Hidden, compute_dtype, query_blocks, segments
 from model.ops.settings import OpSettings
 
 
-def mla_dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) -> Tensor:
-    """Causal attention inside each document.
-
-    Args: q, k [T, H, Dqk], v [T, H, Dv], doc_start [T], scale of the logits. Returns [T, H, Dv]; padding rows are 0.
-    """
+def by_document(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) -> Tensor:
+    """mla_dense of a whole sequence, differentiable by SDPA's own backward."""
     value_dim, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
     q, k, v = (F.pad(t, (0, width - t.shape[-1])).transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     outputs, end = [], 0
@@ -48,3 +45,34 @@ def with_lse(
             out[b.rows, h] = (probabilities @ v[b.keys, h].to(dtype)).to(q.dtype)
             lse[b.rows, h] = found.squeeze(1)
     return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    doc_start: Tensor,
+    scale: float,
+    q_pos: Tensor | None,
+    settings: OpSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from recomputed probabilities (FlashAttention-2, arXiv 2307.08691, sec. 3.1):
+    dS = P * (dO V^T - sum(dO * O))."""
+    dtype = compute_dtype(q)
+    d_q = torch.zeros_like(q)
+    d_k, d_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+    for b in query_blocks(doc_start, q_pos, 4 * dtype.itemsize, settings):
+        hidden = Hidden(doc_start, q_pos, b)
+        for h in range(q.shape[1]):
+            q_b, k_b, v_b = (t[part, h].to(dtype) for t, part in ((q, b.rows), (k, b.keys), (v, b.keys)))
+            d_b = d_out[b.rows, h].to(dtype)
+            p = hidden.fill((q_b @ k_b.T).mul_(scale).sub_(lse[b.rows, h, None]).exp_(), 0.0)
+            d_v[b.keys, h] += p.T @ d_b
+            mean = (d_b * out[b.rows, h].to(dtype)).sum(-1, keepdim=True)
+            d_scores = (d_b @ v_b.T).sub_(mean).mul_(p).mul_(scale)
+            d_q[b.rows, h] = (d_scores @ k_b).to(q.dtype)
+            d_k[b.keys, h] += d_scores.T @ q_b
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)

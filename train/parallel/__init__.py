@@ -1,0 +1,1 @@
+"""How the ranks share the work beside plain data parallelism: slices of a sequence (cp), experts (ep)."""
