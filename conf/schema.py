@@ -120,6 +120,7 @@ class ParallelConfig:
     zero: int = 1
     ep: int = 1
     cp: int = 1
+    persist_below: int = 100_000  # ZeRO-3: parameters with fewer values stay whole on every rank
     offload: str = "none"
 
 

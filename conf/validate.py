@@ -40,6 +40,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "train.threads",
     "optim.warmup_steps",
     "parallel.zero",
+    "parallel.persist_below",
     "rl.reference_refresh",
 }
 

@@ -97,7 +97,12 @@ def load_weights(
     _materialise(net, dtype, net.state_dict(keep_vars=True))
     state = net.state_dict(keep_vars=True)
     for slot in progress(wanted):
-        target = state[slot.ours] if slot.expert is None else state[slot.ours][slot.expert]
+        target = state[slot.ours]
+        if slot.expert is not None:
+            held = slot.expert - net.first_expert
+            if not 0 <= held < len(target):
+                continue  # another process holds it
+            target = target[held]
         target.copy_(checkpoint.read(slot.hf_name))
     if not any(slot.is_indexer for slot in wanted):
         _init_indexer(net, folder, seed)

@@ -88,7 +88,7 @@ def slots(net: nn.Module, config: ModelConfig) -> list[Slot]:
         if "{}" not in name:
             found.append(Slot(name, ours, None, shape))
             continue
-        found += [Slot(name.format(e), ours, e, shape[1:]) for e in range(shape[0])]
+        found += [Slot(name.format(e), ours, e, shape[1:]) for e in range(config.n_routed_experts)]
     vocabulary = (config.vocab_size, config.hidden_size)
     for j in range(config.num_mtp_layers):
         prefix = f"model.layers.{layers + j}"

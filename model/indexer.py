@@ -8,13 +8,28 @@ half-split, k_norm is a LayerNorm with bias and eps 1e-6, the head weights stay 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from model.ops.common import no_autocast
+from model.ops.common import IndexKL, no_autocast, with_gradients
 from model.rope import rotate_half_split
+
+
+class Indexed(NamedTuple):
+    """The indexer's q [..., Hi, di] and k [..., di], in the dtype that the projections run in, and scaled fp32 head
+    weights w [..., Hi]."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+
+
+IndexerLoss = Callable[[Indexed, bool], IndexKL]  # the bool: whether the caller of the indexer records gradients
 
 
 class LightningIndexer(nn.Module):
@@ -26,19 +41,40 @@ class LightningIndexer(nn.Module):
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
-    def forward(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., D] (after the input norm), q_latent [..., q_lora_rank], cos/sin [..., rope/2].
+    def forward(
+        self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, loss: IndexerLoss | None = None
+    ) -> Indexed | IndexKL:
+        """x [..., D] (after the input norm), q_latent [..., q_lora_rank], cos/sin [..., rope/2] -> Indexed.
 
-        Returns q [..., Hi, di] and k [..., di] in the dtype that the projections run in (norm and RoPE are fp32), and
-        fp32 w [..., Hi] with both scales (Hi^-0.5, di^-0.5) folded in.
+        Both are taken as constants. With `loss`, a function of Indexed, the loss comes back instead, its parameter
+        gradients made at once and its graph dropped: the trunk may run under no_grad, and no activation of 61 layers is
+        kept for the indexer. All of it happens within this one forward, while ZeRO-3 has the parameters together
+        (`train/engine.py` registers them here); the parts are never called as modules, which would let them go.
         """
-        query, key = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), self.wk(x)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(loss is not None and bool(parameters)):
+            indexed = self.project(x.detach(), q_latent.detach(), cos, sin)
+            if loss is None:
+                return indexed
+            found = loss(indexed, grad)
+            if not parameters or not found.kl_sum.requires_grad:
+                return found
+            gradients = torch.autograd.grad(found.kl_sum, parameters)
+            return found._replace(kl_sum=with_gradients(found.kl_sum.detach(), parameters, gradients))
+
+    def project(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> Indexed:
+        """Norm and RoPE are fp32, both scales (Hi^-0.5, di^-0.5) are folded into w."""
+        query, key = F.linear(q_latent, self.wq_b.weight), F.linear(x, self.wk.weight)
+        query = query.unflatten(-1, (self.heads, self.dim))
         with no_autocast(x):
             q = self._rotate(query.float(), cos, sin).to(query.dtype)
-            k = self._rotate(self.k_norm(key.float()), cos, sin).to(key.dtype)
+            norm = self.k_norm
+            k = F.layer_norm(key.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            k = self._rotate(k, cos, sin).to(key.dtype)
             # parameter and product stay in fp32, whatever the rest of the model runs in
             w = F.linear(x.float(), self.weights_proj.weight.float()) * (self.heads**-0.5 * self.dim**-0.5)
-        return q, k, w
+        return Indexed(q, k, w)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rope, nope = x.split([self.rope_dim, self.dim - self.rope_dim], -1)

@@ -4,14 +4,12 @@
 Dense attention runs decompressed (per-head keys [nope | rope]); sparse attention runs absorbed: queries are carried
 into the latent space once and every selected token costs one shared row [c_kv | k_rope]. Both give the same result
 when the selection holds every visible token.
-The indexer's inputs are detached, and its loss leaves here with ready-made parameter gradients (`local_loss`), so its
-graph is gone before the next layer runs: the trunk may run under no_grad, and no activation of 61 layers is kept for
-the indexer.
+The indexer's loss needs what attention makes (its own pass over dense attention, or the target of the sparse one), so
+attention runs inside the indexer's call there (`model/indexer.py` says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,15 +17,15 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from model.context import Context
-from model.indexer import LightningIndexer
+from model.indexer import Indexed, LightningIndexer
 from model.layers import RMSNorm
-from model.ops.common import IndexKL, compute_dtype, no_autocast, with_gradients
+from model.ops.common import IndexKL, compute_dtype, no_autocast
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
 from model.ops.index_topk import index_topk
 from model.ops.mla_dense import mla_dense
 from model.ops.settings import DEFAULT
-from model.ops.sparse_mla import sparse_mla
+from model.ops.sparse_mla import SparseAttention, sparse_mla
 from model.rope import rotate_interleaved, softmax_scale
 
 LATENT_EPS = 1e-6  # of q_a and kv_a norms, whatever rms_norm_eps says
@@ -63,14 +61,6 @@ class Projected(NamedTuple):
     latent: Tensor
     k_rope: Tensor
     q_latent: Tensor
-
-
-class Indexed(NamedTuple):
-    """The indexer's q [T, Hi, di], k [T, di] and scaled fp32 head weights w [T, Hi]."""
-
-    q: Tensor
-    k: Tensor
-    w: Tensor
 
 
 class MLA(nn.Module):
@@ -168,16 +158,25 @@ class MLA(nn.Module):
         shared = not (torch.is_grad_enabled() and q.requires_grad)
         attended: list[Tensor | None] = []
 
-        def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
-            values = v if shared else None
-            topk = self.topk if stats else None
+        def loss(index: Indexed, _: bool) -> IndexKL:
+            values, topk = v if shared else None, self.topk if stats else None
             found, kl = index_kl_dense(
-                q, k, values, self.scale, q_i, context.gather(k_i), w, rows[0], topk, rows[1], self.settings
+                q,
+                k,
+                values,
+                self.scale,
+                index.q,
+                context.gather(index.k),
+                index.w,
+                rows[0],
+                topk,
+                rows[1],
+                self.settings,
             )
             attended.append(found)
             return kl
 
-        kl = self.local_loss(loss, self.index(x, p, cos, sin, graph=True))
+        kl = self.indexer(x, p.q_latent, cos, sin, loss)
         out = attended[0] if shared else attend()
         assert out is not None
         return self.o_proj(out.flatten(-2)), kl
@@ -192,39 +191,33 @@ class MLA(nn.Module):
         indexer_loss: str | None,
         stats: bool,
     ) -> tuple[Tensor, IndexKL | None]:
-        learns = indexer_loss is not None
-        index = self.index(x, p, cos, sin, graph=learns)
-        k_index = context.gather(index.k)
-        idx = index_topk(
-            index.q, k_index, index.w, context.doc_start, self.topk, q_pos=context.q_pos, settings=self.settings
-        )
-        w_uk = self.kv_b_proj(None, "key_weight")
-        rows = self._rows(p, context)
-        attended = sparse_mla(p.q_nope, p.q_rope, w_uk, *rows, idx, self.scale, learns, settings=self.settings)
-        out = self.output(attended.out.to(x.dtype))
+        attended: list[SparseAttention] = []
+
+        def attend(index: Indexed, grad: bool) -> Tensor:
+            """The selection, [R, k]; `grad`: whether the trunk learns from what is attended to."""
+            idx = index_topk(
+                index.q, index.k, index.w, context.doc_start, self.topk, q_pos=context.q_pos, settings=self.settings
+            )
+            with torch.set_grad_enabled(grad):
+                w_uk, rows = self.kv_b_proj(None, "key_weight"), self._rows(p, context)
+                learns = indexer_loss is not None
+                attended.append(
+                    sparse_mla(p.q_nope, p.q_rope, w_uk, *rows, idx, self.scale, learns, settings=self.settings)
+                )
+            return idx
+
+        def loss(index: Indexed, grad: bool) -> IndexKL:
+            index = index._replace(k=context.gather(index.k))
+            idx = attend(index, grad)
+            target = attended[0].target
+            assert target is not None
+            return index_kl_selected(target, idx, *index, stats, settings=self.settings)
+
         if indexer_loss is None:
-            return out, None
-        target = attended.target
-        assert indexer_loss == "selected" and target is not None, indexer_loss
-
-        def loss(q_i: Tensor, k_i: Tensor, w: Tensor) -> IndexKL:
-            return index_kl_selected(target, idx, q_i, k_i, w, stats, settings=self.settings)
-
-        return out, self.local_loss(loss, index._replace(k=k_index))
-
-    def index(self, x: Tensor, p: Projected, cos: Tensor, sin: Tensor, graph: bool) -> Indexed:
-        """The indexer on detached inputs; `graph` keeps the way to its parameters, for `local_loss`."""
-        trains = any(parameter.requires_grad for parameter in self.indexer.parameters())
-        with torch.set_grad_enabled(graph and trains):
-            return Indexed(*self.indexer(x.detach(), p.q_latent.detach(), cos, sin))
-
-    def local_loss(self, loss: Callable[[Tensor, Tensor, Tensor], IndexKL], index: Indexed) -> IndexKL:
-        """The indexer's loss, its parameter gradients made at once and its graph dropped."""
-        parameters = [p for p in self.indexer.parameters() if p.requires_grad]
-        with torch.set_grad_enabled(bool(parameters)):
-            found = loss(*index)
-            if not parameters or not found.kl_sum.requires_grad:
-                return found
-            gradients = torch.autograd.grad(found.kl_sum, parameters)
-            found.kl_sum = with_gradients(found.kl_sum.detach(), parameters, gradients)
-        return found
+            index = self.indexer(x, p.q_latent, cos, sin)
+            attend(index._replace(k=context.gather(index.k)), torch.is_grad_enabled())
+            kl = None
+        else:
+            assert indexer_loss == "selected", indexer_loss
+            kl = self.indexer(x, p.q_latent, cos, sin, loss)
+        return self.output(attended[0].out.to(x.dtype)), kl

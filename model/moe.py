@@ -61,10 +61,12 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as 3-D tensors: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I]."""
+    """Routed experts as 3-D tensors: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I]; all of the layer's, or from
+    number `first` on those that this process holds (train/parallel/ep.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.first = 0
         num, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.w1 = nn.Parameter(torch.empty(num, inner, hidden))
         self.w2 = nn.Parameter(torch.empty(num, hidden, inner))
@@ -87,13 +89,21 @@ class TokenDispatcher(Protocol):
 
 def local_dispatch(x: Tensor, routing: Routing, experts: nn.Module, num_experts: int) -> Tensor:
     """Every expert is here. No capacity, so no token is ever dropped."""
-    top_k = routing.experts.shape[1]
+    order, counts = sort_by_expert(routing, num_experts)
+    out = experts(x.index_select(0, order // routing.experts.shape[1]), counts.tolist())
+    return combine(x, routing, order, out)
+
+
+def sort_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(the T * K choices, numbered t * K + j, in the order of their experts; choices of each expert [E])."""
     flat = routing.experts.flatten()
-    order = flat.argsort(stable=True)
-    token = order // top_k
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    out = experts(x.index_select(0, token), counts)
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
+
+
+def combine(x: Tensor, routing: Routing, order: Tensor, out: Tensor) -> Tensor:
+    """Experts' rows `out` [T * K, D] in `order` -> each token's gated sum [T, D] in x's dtype."""
     gated = out.float() * routing.gates.flatten().index_select(0, order).unsqueeze(1)
+    token = order // routing.experts.shape[1]
     return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, gated).to(x.dtype)
 
 
@@ -115,7 +125,7 @@ class MoE(nn.Module):
         for). Padding is computed, not counted."""
         out, routing = self.mix(x)
         counts = torch.bincount(routing.experts[context.real].flatten(), minlength=self.num_experts)
-        return out, counts, balance_loss(routing, context) if torch.is_grad_enabled() else x.new_zeros(())
+        return out, counts, balance_loss(routing, context) if routing.scores.requires_grad else x.new_zeros(())
 
 
 def balance_loss(routing: Routing, context: Context) -> Tensor:

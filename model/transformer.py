@@ -18,7 +18,7 @@ from conf.schema import ModelConfig
 from model.context import Context
 from model.layers import MLP, LMHead, RMSNorm
 from model.mla import MLA
-from model.moe import MoE, Router
+from model.moe import Experts, MoE, Router
 from model.ops.common import IndexKL
 from model.ops.settings import OpSettings
 from model.rope import rope_table
@@ -159,7 +159,9 @@ class Transformer(nn.Module):
         # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer. What runs must not
         # depend on the data: ranks that share experts or a sequence meet in every layer.
         with_mtp = mtp and len(self.mtp) > 0 and (indexer_loss is not None or lm_loss)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trunk_grad):
+        # a frozen trunk records nothing anyway, and without recording ZeRO-3's hooks would cut the indexers' losses off
+        frozen = not any(p.requires_grad for name, p in self.named_parameters() if ".indexer." not in name)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (trunk_grad or frozen)):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
             hidden = self._trunk(input_ids, table, request, found)
             token_logprobs = self.lm_head(hidden, labels) if lm_loss else None
@@ -201,7 +203,7 @@ class Transformer(nn.Module):
         return module.norm(x)
 
     def _run(self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], request: _Request):
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        if self.activation_checkpointing and x.requires_grad:
             return checkpoint(layer, x, *table, request, use_reentrant=False)
         return layer(x, *table, request)
 
@@ -220,6 +222,12 @@ class Transformer(nn.Module):
             request = _Request(Context.whole(start), attention, None, False)
             out.append(self.lm_head(self._trunk(ids, table, request, _Collector())))
         return torch.stack(out)
+
+    @property
+    def first_expert(self) -> int:
+        """Number of the first routed expert that this process holds."""
+        held = [module.first for module in self.modules() if isinstance(module, Experts)]
+        return held[0] if held else 0
 
     def indexer_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of every lightning indexer, MTP's included."""

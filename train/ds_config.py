@@ -17,6 +17,7 @@ MAX_BUCKET = 1 << 26  # elements reduced at once: 256 MB of fp32
 def ds_config(optim: OptimConfig, parallel: ParallelConfig, trainable: int, world_size: int) -> dict[str, Any]:
     """`trainable`: number of values in the optimiser; no bucket is made larger than that."""
     bucket = max(1, min(MAX_BUCKET, trainable))
+    stage3 = {"stage3_param_persistence_threshold": parallel.persist_below} if parallel.zero == 3 else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -27,6 +28,7 @@ def ds_config(optim: OptimConfig, parallel: ParallelConfig, trainable: int, worl
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **stage3,
         },
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW with a switch
         "steps_per_print": 1 << 30,

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from conf.schema import OptimConfig, ParallelConfig
 from model import ForwardOutput
+from model.indexer import LightningIndexer
 from train import distributed
 from train.ds_config import ds_config
 from train.optim import SkippableAdamW, apply_rates
+from train.parallel.ep import mark
 
 _TAG = "state"
 
@@ -86,7 +88,14 @@ class Engine:
         config = ds_config(optim, parallel, sum(p.numel() for p in trainable), distributed.world_size())
         module = _Visible(net, torch.bfloat16 if precision == "bf16" else None)
         self._trainable = trainable
+        if parallel.ep > 1:
+            mark(net, parallel.zero)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if parallel.zero == 3:
+            for module in net.modules():
+                if isinstance(module, LightningIndexer):  # its gradients are made within its forward
+                    for p in module.parameters():
+                        deepspeed.zero.register_external_parameter(module, p)
 
     def forward(self, **inputs: Any) -> ForwardOutput:
         """Arguments of the model's forward, tensors on this rank's device."""
@@ -105,6 +114,11 @@ class Engine:
 
         Valid between the last `backward` and `step`.
         """
+        if self.zero == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = float(combine_grad_norm_groups(self._engine.optimizer._get_norm_groups()))  # as its step does
+            return norm if norm >= 0 else float("inf")
         if self.zero:
             return float(self._engine.optimizer.scaled_global_norm())
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in self._trainable if p.grad is not None]

@@ -16,7 +16,6 @@ from torch import Tensor
 from data.packing import PackedBatch
 from model import Transformer
 from model.context import Context
-from train import distributed
 from train.losses import Sums, add_sums, indexer_metrics, reduce_sums
 from train.parallel.cp import ContextParallel
 

@@ -2,8 +2,8 @@
 stage.
 
 A step takes `replicas x micro_batches` packed sequences by their global index, so another layout of the same number
-gives the same step; under context parallelism cp ranks are one replica. Everything that decides about a step (loss, gradient norm, a request to stop) is global, so all ranks
-agree.
+gives the same step; under context parallelism cp ranks are one replica. Everything that decides about a step (loss,
+gradient norm, a request to stop) is global, so all ranks agree.
 """
 
 from __future__ import annotations

@@ -38,15 +38,17 @@ def select_trainable(net: nn.Module, stage: Stage) -> None:
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters by role (trunk, indexer): matrices with weight decay, norms and biases without."""
-    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[str, bool, str], list[nn.Parameter]] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            key = ("indexer" if ".indexer." in name else "trunk", p.dim() > 1)
+            # DeepSpeed wants experts that ranks share out in groups of their own (train/parallel/ep.py)
+            key = ("indexer" if ".indexer." in name else "trunk", p.dim() > 1, getattr(p, "group_name", ""))
             found.setdefault(key, []).append(p)
-    return [
-        {"params": found[key], "role": key[0], "weight_decay": weight_decay if key[1] else 0.0}
-        for key in sorted(found, reverse=True)
-    ]
+    groups: list[dict[str, Any]] = []
+    for role, matrix, shared in sorted(found, reverse=True):
+        group = {"params": found[role, matrix, shared], "role": role, "weight_decay": weight_decay if matrix else 0.0}
+        groups.append(group | ({"moe": True, "name": shared} if shared else {}))
+    return groups
 
 
 def build_optimizer(net: nn.Module, optim: OptimConfig) -> SkippableAdamW:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -234,8 +235,7 @@ def with_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[
     return _ReadyGradients.apply(value, len(inputs), *inputs, *gradients)
 
 
-@dataclass
-class IndexKL:
+class IndexKL(NamedTuple):
     """Indexer loss of one layer. `kl_sum` is differentiable in q_index, k_index and w; the rest are sums over rows for
     the metrics: `kl_uniform` (over rows with more than one visible key), `mass` and `oracle_mass` (attention mass
     inside the selection, and inside the best possible one), `rows` (rows that see anything)."""

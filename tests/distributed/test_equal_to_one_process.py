@@ -22,6 +22,7 @@ from train.engine import Engine
 from train.losses import Counts, global_counts, micro_batch_loss
 from train.optim import build_optimizer, parameter_groups, select_trainable
 from train.parallel.cp import ContextParallel, zigzag
+from train.parallel.ep import ExpertParallel
 from train.stages import STAGES
 
 STEPS, SEQUENCES, LENGTH = 5, 4, 16
@@ -33,7 +34,7 @@ STAGE_NAMES = ("pretrain", "dense_warmup", "sparse_adapt")
 
 @dataclass
 class Found:
-    """What one process saw: the loss of each step, the gradients of step 1 and the selections of step 1, by sequence."""
+    """What one process saw: the loss of each step, and of step 1 the gradients and the selections by sequence."""
 
     losses: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -117,8 +118,9 @@ def train(stage_name: str, kind: str, parallel: ParallelConfig) -> Found:
     from deepspeed.utils import safe_get_full_grad
 
     stage, net, found = STAGES[stage_name], tiny.build(), Found()
+    cp, ep = ContextParallel(parallel.cp), ExpertParallel(parallel.ep)
+    ep.cut(net)
     select_trainable(net, stage)
-    cp = ContextParallel(parallel.cp)
     engine = Engine(net, make_optimizer(net, kind), optim_config(kind), parallel)
     local = SEQUENCES // cp.replicas
     with Watch(found) as watch:
@@ -151,11 +153,14 @@ def train(stage_name: str, kind: str, parallel: ParallelConfig) -> Found:
     return found
 
 
-def assert_equal(found: Found, wanted: Found, cp: int, rank: int) -> None:
+def assert_equal(found: Found, wanted: Found, parallel: ParallelConfig, rank: int) -> None:
+    cp, ep = parallel.cp, parallel.ep
     assert found.losses[0] == pytest.approx(wanted.losses[0], rel=FIRST)
     assert found.losses[1:] == pytest.approx(wanted.losses[1:], rel=LATER)
     for name, value in wanted.gradients.items():
         mine = found.gradients[name]
+        if ".experts." in name:
+            value = value.chunk(ep)[rank % ep]
         assert mine.shape == value.shape, name
         assert float((mine - value).norm()) <= FIRST * float(value.norm()), name
     assert found.gradients.keys() <= wanted.gradients.keys()
@@ -166,29 +171,30 @@ def assert_equal(found: Found, wanted: Found, cp: int, rank: int) -> None:
             assert not other.any(), (sequence, rows[other])
 
 
-LAYOUTS = [  # world, ParallelConfig
-    (1, ParallelConfig(zero=1)),
-    *((2, ParallelConfig(zero=zero)) for zero in (0, 1, 2)),
-    (2, ParallelConfig(zero=1, cp=2)),
-    (4, ParallelConfig(zero=1, cp=4)),
-    *((4, ParallelConfig(zero=zero, cp=cp)) for zero in (0, 1, 2) for cp in (1, 2)),
+LAYOUTS = [  # world, (zero, ep, cp)
+    *((1, (zero, 1, 1)) for zero in (1, 3)),
+    *((2, layout) for layout in ((1, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (3, 2, 2))),
+    *((4, layout) for layout in ((1, 1, 4), (1, 4, 1), (3, 4, 4))),
+    # all of zero x ep x cp; ZeRO 0 with experts shared out is refused, see conf/validate.py
+    *((4, (zero, ep, cp)) for zero in (0, 1, 2, 3) for ep in (1, 2) for cp in (1, 2) if zero or ep == 1),
 ]
 
 
-def label(layout: tuple[int, ParallelConfig]) -> str:
-    world, p = layout
-    return f"{world}ranks-zero{p.zero}-ep{p.ep}-cp{p.cp}"
+def label(layout: tuple[int, tuple[int, int, int]]) -> str:
+    world, (zero, ep, cp) = layout
+    return f"{world}ranks-zero{zero}-ep{ep}-cp{cp}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=label)
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_layout_takes_the_steps_of_one_plain_process(
-    stage: str, kind: str, layout: tuple[int, ParallelConfig], wanted: dict[tuple[str, str], Found]
+    stage: str, kind: str, layout: tuple[int, tuple[int, int, int]], wanted: dict[tuple[str, str], Found]
 ) -> None:
-    world, parallel = layout
+    world, (zero, ep, cp) = layout
+    parallel = ParallelConfig(zero, ep, cp, persist_below=0)
     for rank, found in enumerate(run_ranks(train, world, stage, kind, parallel)):
-        assert_equal(found, wanted[stage, kind], parallel.cp, rank)
+        assert_equal(found, wanted[stage, kind], parallel, rank)
 
 
 @pytest.fixture(scope="module")

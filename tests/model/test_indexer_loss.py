@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.context import Context
 from model.mla import MLA
 from tests.model.ops.cases import make_doc_start
 from tests.model.reference_layer import attention_layer, mla_heads, mla_scale
@@ -13,7 +14,7 @@ STAGES = [("dense", "dense"), ("sparse", "selected")]
 
 
 def run(layer: MLA, x: Tensor, cos: Tensor, sin: Tensor, attention: str, loss: str | None, stats: bool = False):
-    return layer(x, cos, sin, make_doc_start(LENGTHS, PADDING), attention, loss, stats)
+    return layer(x, cos, sin, Context.whole(make_doc_start(LENGTHS, PADDING)), attention, loss, stats)
 
 
 def expected_sums(layer: MLA, x: Tensor, sparse: bool) -> dict[str, float]:
