@@ -72,8 +72,6 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
 }
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
-    "parallel.zero": (lambda value: value == 3, "parallel.zero=2"),
-    "parallel.ep": (lambda value: value > 1, "parallel.ep=1"),
     "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
     "precision.name": (lambda value: value == "fp8", "precision=bf16 or precision=fp32"),
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
@@ -130,7 +128,7 @@ def supported(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def zero_stage(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.parallel.zero > 3:
-        yield f"parallel.zero={config.parallel.zero} is no ZeRO stage: use 0, 1 or 2"
+        yield f"parallel.zero={config.parallel.zero} is no ZeRO stage: use 0, 1, 2 or 3"
 
 
 def named_paths(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -224,8 +222,16 @@ def world_divides(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
-    if config.parallel.cp > 1 and config.stage == "grpo":
-        yield f"parallel.cp={config.parallel.cp} is not supported yet in stage grpo: use parallel.cp=1"
+    parallel, stage = config.parallel, config.stage
+    if parallel.zero == 0 and parallel.ep > 1:
+        yield f"parallel.ep={parallel.ep} needs ZeRO, which clips by the norm over all experts: use parallel.zero=1"
+    # a rank decodes on its own there: it has nobody to meet in a layer
+    if parallel.ep > 1 and stage in ("grpo", "evaluate"):
+        yield f"parallel.ep={parallel.ep} is not supported yet in stage {stage}: use parallel.ep=1"
+    if stage == "grpo" and parallel.cp > 1:
+        yield f"parallel.cp={parallel.cp} is not supported yet in stage grpo: use parallel.cp=1"
+    if stage == "grpo" and parallel.zero == 3:
+        yield "parallel.zero=3 is not supported yet in stage grpo: use parallel.zero=2"
 
 
 def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:

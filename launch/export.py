@@ -62,25 +62,32 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path, dtype: str | None)
     import torch
 
     from conf.convert import load_yaml
+    from conf.schema import ParallelConfig
     from model.hf import save_pretrained
     from train import distributed
-    from train.checkpoint import frozen_checksum, read_state
+    from train.checkpoint import open_shards, read_state
+    from train.parallel.ep import frozen_checksum
     from train.run import RunContext
 
     config = load_yaml(run / "config.yaml")
     with distributed.process_group():
         # no attention runs here: a run with kernels=triton is exported on any machine
-        net = RunContext(replace(config, kernels="torch"), None).build_net()
-    # DeepSpeed, ZeRO 0 to 2: rank 0 keeps the whole module; its parameters lie under `net.` (train/engine.py)
-    file = checkpoint / "state" / "mp_rank_00_model_states.pt"
-    module = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["module"]
-    stored = {name.removeprefix("net."): tensor for name, tensor in module.items()}
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in stored)
-    if frozen_checksum(net) != read_state(checkpoint).frozen:
-        raise UserError(f"{checkpoint} belongs to other starting weights than init_from={config.init_from} holds now")
-    unexpected = net.load_state_dict(stored, strict=False).unexpected_keys
-    assert not unexpected, f"{file}: {unexpected}"
+        alone = replace(config, kernels="torch", parallel=ParallelConfig())
+        net = RunContext(alone, None).build_net()
+        state = read_state(checkpoint)
+        reader = open_shards(checkpoint, state)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name in reader.parameters())
+        if frozen_checksum(net) != state.frozen:
+            raise UserError(
+                f"{checkpoint} belongs to other starting weights than init_from={config.init_from} holds now"
+            )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(reader.read(name, 0, parameter.numel(), "weight").view_as(parameter))
+        for name, buffer in net.named_buffers():
+            buffer.copy_(reader.tensor(name))
     kind = dtype or ("float32" if config.precision.name == "fp32" else "bfloat16")
     tokenizer = run / "tokenizer" if (run / "tokenizer").is_dir() else None
     save_pretrained(net, out, getattr(torch, kind), tokenizer, progress=_shown)

@@ -145,6 +145,7 @@ def _materialise(net: nn.Module, dtype: torch.dtype, state: dict[str, Tensor]) -
         owner, _, leaf = name.rpartition(".")
         empty = torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="cpu")
         made = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        vars(made).update(vars(tensor))  # marks that others left on it, such as the ranks that share an expert
         setattr(net.get_submodule(owner), leaf, made)
 
 
@@ -161,24 +162,35 @@ def save_pretrained(
     *,
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress[list[Planned]] = _silent,
+    read: Callable[[str, int | None], Tensor] | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes `net` as a DeepSeek-V3.2 checkpoint: sharded safetensors, config.json, the tokenizer's files.
 
     `dtype` None keeps the model's own; float8_e4m3fn writes DeepSeek's block FP8 (the rest bf16). The folder is
     whole or not there; an earlier checkpoint in it is replaced, a folder that holds anything else is refused with
-    UserError.
+    UserError. Where processes share the model out, all of them call it: `read` (our name, expert or None) brings a
+    tensor together, and one of them `writes`.
     """
     state = net.state_dict()
     config = net.config
+    with torch.device("meta"):
+        blank = Transformer(config)  # the shapes, whatever part of the model is here
 
     def source(slot: Slot) -> Tensor:
+        if read is not None:
+            return read(slot.ours, slot.expert)
         tensor = state[slot.ours]
         return tensor if slot.expert is None else tensor[slot.expert]
 
     kept = dtype or net.lm_head.weight.dtype
     content = write_config(config, _name(kept), **special_token_ids(tokenizer_folder))
-    planned = _planned(slots(net, config), source, kept)
-    write_folder(folder, content, planned, max_shard_bytes, tokenizer_folder, progress)
+    planned = _planned(slots(blank, config), source, kept)
+    if writes:
+        write_folder(folder, content, planned, max_shard_bytes, tokenizer_folder, progress)
+    else:
+        for tensor in planned:
+            tensor.make()
 
 
 def convert(

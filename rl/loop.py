@@ -72,7 +72,7 @@ def run(context: RunContext) -> None:
                 show(context, writer, experience, state.step)
             progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
             finish_iteration(context, engine, reference, state)
-    context.export(net)
+    context.export(engine)
     engine.close()
 
 

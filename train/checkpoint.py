@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not there: written under `.tmp_*`, synced, renamed; `latest` moves last.
 
-    checkpoints/step_40/{state.json, state/...}   state.json is ours, state/ DeepSpeed's (pickles: load only your own)
-    checkpoints/latest                            the name of the newest, for people and scripts
+    checkpoints/step_40/{state.json, rank_00000.safetensors, ...}   the form is train/shards.py's; no pickles
+    checkpoints/latest                                              the name of the newest, for people and scripts
+
+Any number of ranks, ZeRO stage, ep and cp reads what any other wrote.
 
 A kill at any moment leaves either the older set or the newer one, and at most a `.tmp_*` that the next save removes.
 """
@@ -11,16 +13,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import Any, TypeVar, cast
 
 from conf.errors import UserError
-from train import distributed
+from train import distributed, rng, shards
 from train.engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,6 +35,9 @@ class TrainState:
     guard: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     frozen: int = 0  # checksum of the weights that do not train, which checkpoints leave out
+    steps_taken: int = 0  # by the optimiser
+    sequences: int = 0  # that a step takes
+    files: list[dict[str, Any]] = field(default_factory=list)  # shards.Written of every rank
     extra: dict[str, Any] = field(default_factory=dict)  # of the RL loop
 
 
@@ -57,32 +62,66 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def save(engine: Engine, run: Path, state: TrainState, keep: int) -> None:
-    """Writes `run/checkpoints/step_N`; all ranks call it. An existing checkpoint of that step is kept as it is."""
+    """Writes `run/checkpoints/step_N`; all ranks call it. An existing checkpoint of that step is kept as it is.
+
+    UserError where a rank could not write (disk full): nothing of the new checkpoint is left, the older ones stay.
+    """
     checkpoints = run / "checkpoints"
     final, partial = checkpoints / f"step_{state.step}", checkpoints / f".tmp_step_{state.step}"
     if final.exists():
         return
     main = distributed.rank() == 0
-    if main:
-        for stale in checkpoints.glob(".tmp_step_*"):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    engine.save(partial)
-    distributed.barrier()
-    if main:
-        (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
-        _sync_tree(partial)
-        partial.rename(final)
-        _sync(checkpoints)
-        _point_latest(checkpoints, final.name)
-        for old in list(step_folders(checkpoints).values())[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
+
+    def prepare() -> None:
+        if main:
+            for stale in checkpoints.glob(".tmp_step_*"):
+                shutil.rmtree(stale)
+            partial.mkdir(parents=True)
+
+    def write() -> shards.Written:
+        states = {f"rng.{distributed.rank()}.{name}": value for name, value in rng.states().items()}
+        written = shards.write(partial, distributed.rank(), engine.state() | states)
+        _sync(partial / written.name)
+        return written
+
+    def finish() -> None:
+        if main:
+            state.world_size, state.frozen, state.steps_taken = distributed.world_size(), engine.frozen, steps_taken
+            state.files = [each.plain() for each in files]
+            (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+            _sync_tree(partial)
+            partial.rename(final)
+            _sync(checkpoints)
+            _point_latest(checkpoints, final.name)
+            for old in list(step_folders(checkpoints).values())[:-keep]:
+                shutil.rmtree(old)
+
+    steps_taken = engine.steps_taken
+    _all(prepare, partial)
+    files = _all(write, partial)
+    _all(finish, partial)
+
+
+def _all(work: Callable[[], T], partial: Path) -> list[T]:
+    """`work` on every rank -> what each returned. UserError on all of them where one met an OSError."""
+    found, error = None, None
+    try:
+        found = work()
+    except OSError as fault:
+        error = f"{fault.strerror} ({fault.filename or partial})"
+    answers = distributed.gather_objects((found, error))
+    errors = [text for _, text in answers if text]
+    if errors:
+        if distributed.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        whole = newest(partial.parent.parent)
+        kept = f"{whole} is whole" if whole else "there is no earlier one"
+        raise UserError(f"the checkpoint could not be written: {errors[0]}; {kept}: make room and start again")
+    return [cast(T, value) for value, _ in answers]
 
 
 def refuse_other_world(checkpoint: Path) -> None:
-    """UserError where another number of processes wrote it: DeepSpeed's state is cut into as many parts."""
+    """UserError where another number of processes wrote it, for the loops whose steps depend on it."""
     wrote, here = read_state(checkpoint).world_size, distributed.world_size()
     if wrote != here:
         raise UserError(
@@ -91,29 +130,45 @@ def refuse_other_world(checkpoint: Path) -> None:
         )
 
 
-def restore(engine: Engine, checkpoint: Path) -> TrainState:
-    """Loads the checkpoint into an engine built as the one that wrote it.
+def open_shards(checkpoint: Path, state: TrainState) -> shards.Reader:
+    """The checkpoint's tensors, after every file was compared with its checksum. UserError names what is wrong.
 
-    Raises UserError where the frozen weights are not those that it was written beside.
+    The ranks share the files out for that; all of them call it.
+    """
+    files = [shards.Written(**each) for each in state.files]
+    mine = files[distributed.rank() :: distributed.world_size()]
+    found = distributed.gather_objects([fault for each in mine if (fault := shards.damage(checkpoint, each))])
+    faults = [fault for part in found for fault in part]
+    if faults:
+        raise UserError(f"{faults[0]}: delete {checkpoint}, and the run goes on from the checkpoint before it")
+    return shards.Reader(checkpoint, [each.name for each in files])
+
+
+def restore(engine: Engine, checkpoint: Path) -> TrainState:
+    """Loads the checkpoint into an engine of any layout. All ranks call it.
+
+    Raises UserError where the frozen weights are not those that it was written beside, where it belongs to another
+    model, and where a file is missing or damaged.
     """
     state = read_state(checkpoint)
-    if state.frozen != frozen_checksum(engine.net):
+    reader = open_shards(checkpoint, state)
+    trained = {name for name, p in engine.net.named_parameters() if p.requires_grad}
+    if trained != reader.parameters():
+        odd = sorted(trained ^ reader.parameters())[0]
+        raise UserError(
+            f"{checkpoint} belongs to another model or stage, {odd} is in one of them alone: give another run"
+        )
+    if state.frozen != engine.frozen:
         raise UserError(
             f"{checkpoint} belongs to other starting weights than init_from holds now: restore them, or give another"
             " output_dir"
         )
-    engine.load(checkpoint)
+    engine.load(reader, state.steps_taken)
+    if state.world_size == distributed.world_size():
+        prefix = f"rng.{distributed.rank()}."
+        keys = [key for key in reader.whole if key.startswith(prefix)]
+        rng.restore({key.removeprefix(prefix): reader.tensor(key) for key in keys})
     return state
-
-
-@torch.no_grad()
-def frozen_checksum(net: nn.Module) -> int:
-    """Sum of the bit patterns of all fp32 weights that do not train: changed weights change it."""
-    total = 0
-    for p in net.parameters():
-        if not p.requires_grad and p.dtype == torch.float32:
-            total += int(p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
-    return total
 
 
 def _point_latest(checkpoints: Path, name: str) -> None:

@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # rank 0 may tokenise a corpus while the others wait
 
 
@@ -73,3 +75,10 @@ def max_over_ranks(value: float) -> float:
     held = torch.tensor([value], dtype=torch.float64, device=device())
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return float(held)
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, by rank; small plain objects."""
+    found: list[T] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found

@@ -1,4 +1,4 @@
-"""The one file that knows DeepSpeed: forward, backward, gradient norm, step, and the state of a checkpoint.
+"""The one file that knows DeepSpeed: forward, backward, gradient norm, step, and what each rank holds of the state.
 
 DeepSpeed averages gradients over its ranks; the losses here are already parts of a global mean, so `backward` scales by
 the world size and the result is the exact gradient of the sum over ranks and micro-batches. Parameters stay fp32; under
@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,25 @@ from model.indexer import LightningIndexer
 from train import distributed
 from train.ds_config import ds_config
 from train.optim import SkippableAdamW, apply_rates
-from train.parallel.ep import mark
+from train.parallel.ep import expert_group, frozen_checksum, mark
+from train.shards import Reader, key_of
 
-_TAG = "state"
+STATES = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its count of steps
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`length` values from `start` of the flat parameter `name`, kept at `offset` of the optimiser's tensor `flat`."""
+
+    name: str
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+
+
+def _numel(p: Any) -> int:
+    return p.ds_numel if hasattr(p, "ds_numel") else p.numel()
 
 
 @contextmanager
@@ -86,11 +102,15 @@ class Engine:
         self.net, self.optimizer, self.zero = net, optimizer, parallel.zero
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
         config = ds_config(optim, parallel, sum(p.numel() for p in trainable), distributed.world_size())
-        module = _Visible(net, torch.bfloat16 if precision == "bf16" else None)
-        self._trainable = trainable
+        root = _Visible(net, torch.bfloat16 if precision == "bf16" else None)
+        self._trainable, self._deepspeed, self._loading = trainable, deepspeed, False
+        self._parameters = {name for name, _ in net.named_parameters()}
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+        self._ep_rank = distributed.rank() % parallel.ep
+        self.frozen = frozen_checksum(net)
         if parallel.ep > 1:
             mark(net, parallel.zero)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=config)
         if parallel.zero == 3:
             for module in net.modules():
                 if isinstance(module, LightningIndexer):  # its gradients are made within its forward
@@ -134,15 +154,107 @@ class Engine:
             assert not skip, f"{type(self.optimizer).__name__} cannot skip a step"
         self._engine.step()
 
-    def save(self, folder: Path) -> None:
-        """Weights that train, buffers and optimiser state, each rank its part. All ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    # What a checkpoint and an export need: the whole of what ZeRO and expert parallelism have cut
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, into an engine of the same layout whose frozen weights are in place."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"{folder} holds no DeepSpeed state")
+    def stretches(self) -> Iterator[Stretch]:
+        """What this rank holds the fp32 weights and the optimiser's state of."""
+        names = {id(p): name for name, p in self.net.named_parameters()}
+        for p, start, flat, offset, length in self._held():
+            if length > 0:
+                first = self._ep_rank * _numel(p) if hasattr(p, "group_name") else 0
+                yield Stretch(names[id(p)], first + start, length, flat, offset)
+
+    def _held(self) -> Iterator[tuple[Any, int, Tensor, int, int]]:
+        """(parameter, start within it, the optimiser's flat tensor, offset there, length)."""
+        optimizer = self._engine.optimizer
+        if self.zero == 0:
+            for p in self._trainable if distributed.rank() == 0 or self._loading else []:
+                yield p, 0, p, 0, p.numel()
+        elif self.zero == 3:
+            for p in self._trainable:
+                group, offset, length = optimizer.grad_position[optimizer.get_param_id(p)]
+                start = optimizer._get_param_partition_rank(p) * p.partition_numel()
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                yield p, start, flat, offset, min(length, p.ds_numel - start)
+        else:
+            flats = optimizer.single_partition_of_fp32_groups
+            for flat, group in zip(flats, optimizer.bit16_groups, strict=True):
+                for p in group:
+                    held = p._hp_mapping
+                    if held is not None:
+                        here, there = held.lp_fragment_address, held.hp_fragment_address
+                        yield p, here.start, flat, there.start, here.numel
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """This rank's stretches by `shards.key_of`, copied to the CPU; rank 0's with the buffers."""
+        found: dict[str, Tensor] = {}
+        for part in self.stretches():
+            kinds = {"weight": part.flat} | {k: self.optimizer.state[part.flat].get(k) for k in STATES}
+            for kind, tensor in kinds.items():
+                if tensor is not None:
+                    value = tensor.detach().view(-1).narrow(0, part.offset, part.length)
+                    found[key_of(part.name, part.start, kind)] = value.to("cpu", copy=True)
+        if distributed.rank() == 0:
+            found |= {name: buffer.to("cpu", copy=True) for name, buffer in self.net.named_buffers()}
+        return found
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps of the optimiser, those left out not counted; of rank 0."""
+        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
+
+    @torch.no_grad()
+    def load(self, reader: Reader, steps_taken: int) -> None:
+        """What the ranks of any layout wrote from `state`. All ranks call it."""
+        self._loading = True
+        parts = list(self.stretches())
+        self._loading = False
+        for part in parts:
+            if steps_taken and "step" not in self.optimizer.state[part.flat]:
+                zeros = {kind: torch.zeros_like(part.flat, requires_grad=False) for kind in STATES}
+                self.optimizer.state[part.flat] = {"step": torch.tensor(float(steps_taken)), **zeros}
+            kinds = {"weight": part.flat} | {k: self.optimizer.state[part.flat][k] for k in STATES if steps_taken}
+            for kind, tensor in kinds.items():
+                value = reader.read(part.name, part.start, part.length, kind)
+                tensor.detach().view(-1).narrow(0, part.offset, part.length).copy_(value)
+        for name, buffer in self.net.named_buffers():
+            buffer.copy_(reader.tensor(name))
+        optimizer = self._engine.optimizer
+        if self.zero in (1, 2):
+            optimizer.update_lp_params()
+        elif self.zero == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            small = optimizer.persistent_parameters
+            if small:
+                small[0].partition(small)
+                small[0].all_gather(small)
+
+    @torch.no_grad()
+    def whole(self, name: str, expert: int | None = None) -> Tensor:
+        """A parameter or buffer in full, or one expert of it; on rank 0 at least. All ranks call it alike."""
+        p = self.net.get_parameter(name) if name in self._parameters else self.net.get_buffer(name)
+        value = self._together(name, p) if self.zero == 3 and name in self._parameters else p.detach()
+        if expert is None:
+            return value
+        count = value.shape[0]
+        owner, held = divmod(expert, count)
+        if not hasattr(p, "group_name"):
+            return value[expert]
+        from torch.distributed import broadcast, get_global_rank
+
+        group = expert_group(self.net)
+        found = value[held].contiguous() if owner == self._ep_rank else torch.empty_like(value[0])
+        broadcast(found, get_global_rank(group, owner), group=group)
+        return found
+
+    def _together(self, name: str, p: Any) -> Tensor:
+        """A ZeRO-3 parameter's local whole; the last one is kept, for the experts in it are asked for one by one."""
+        if self._last[0] != name:
+            with self._deepspeed.zero.GatheredParameters([p]):
+                self._last = (name, p.detach().clone())
+        return self._last[1]
 
     def close(self) -> None:
         self._engine.destroy()

@@ -112,7 +112,7 @@ def train(context: RunContext) -> None:
                 context.save(engine, state)
             if step.stop and state.step < config.train.steps:
                 context.preempt(engine, state)
-    context.export(net)
+    context.export(engine)
     engine.close()
 
 

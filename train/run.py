@@ -30,6 +30,7 @@ from train.engine import Engine
 from train.guards import Guard
 from train.metrics import MetricsWriter
 from train.parallel.cp import ContextParallel
+from train.parallel.ep import ExpertParallel
 from train.progress import Progress
 from train.stages import STAGES
 from train.start import differences, op_settings, resolve, weights_folder
@@ -40,6 +41,8 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.micro_batches",  # where a step takes as many sequences as before
+    "parallel",
     "tracker",
     "resume",
     "output_dir",
@@ -64,7 +67,7 @@ class RunContext:
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
         self.ops = op_settings(config, self.device)
-        self.cp = ContextParallel(config.parallel.cp)
+        self.cp, self.ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.stop_asked = False
@@ -143,11 +146,13 @@ class RunContext:
         if self.source is None:
             net = Transformer(config)
             net.init_weights(seed)
+            self.ep.cut(net)
         else:
             from model.hf import load_weights
 
             with torch.device("meta"):
                 net = Transformer(config)
+            self.ep.cut(net)  # before reading: this rank reads its own experts alone
             load_weights(net, self.source, torch.float32, seed=seed, progress=self.listed("reading weights"))
         net.activation_checkpointing = self.config.train.activation_checkpointing
         net.use(self.ops)
@@ -159,12 +164,28 @@ class RunContext:
     def restore(self, engine: Engine) -> TrainState:
         """The state to go on from, with weights and optimiser in place; a fresh one where there is no checkpoint."""
         if self.resumed is None:
-            world, frozen = distributed.world_size(), checkpoint.frozen_checksum(engine.net)
-            return TrainState(world_size=world, frozen=frozen)
+            return TrainState(sequences=self.sequences)
+        if self.stage.runner == "train":
+            self._refuse_other_steps(self.resumed)
         state = checkpoint.restore(engine, self.resumed)
         self.guard.load_state(state.guard)
         self.say(f"going on from {self.resumed}")
         return state
+
+    @property
+    def sequences(self) -> int:
+        """Packed sequences that a step takes."""
+        return self.cp.replicas * self.config.train.micro_batches
+
+    def _refuse_other_steps(self, resumed: Path) -> None:
+        wrote, replicas = checkpoint.read_state(resumed).sequences, self.cp.replicas
+        if wrote != self.sequences:
+            even = wrote % replicas == 0
+            fix = f"train.micro_batches={wrote // replicas}" if even else f"a number of replicas that divides {wrote}"
+            raise UserError(
+                f"a step of {resumed} took {wrote} sequences and here it would take {self.sequences}"
+                f" ({replicas} replicas x train.micro_batches={self.config.train.micro_batches}): give {fix}"
+            )
 
     # While it runs
 
@@ -213,14 +234,18 @@ class RunContext:
         self.say(f"stopped by SIGTERM after step {state.step}: start the same command to go on")
         raise Preempted
 
-    def export(self, net: Transformer) -> None:
-        """Writes `hf/`, whole or not at all."""
-        if self.is_main:
-            from model.hf import save_pretrained
+    def export(self, engine: Engine) -> None:
+        """Writes `hf/`, whole or not at all; all ranks call it and bring what they hold."""
+        from model.hf import save_pretrained
 
-            dtype = torch.float32 if self.config.precision.name == "fp32" else torch.bfloat16
-            shown = self.listed("writing hf/")
-            save_pretrained(net, self.folder / "hf", dtype, self.folder / "tokenizer", progress=shown)
+        net = engine.net
+        assert isinstance(net, Transformer)
+        dtype = torch.float32 if self.config.precision.name == "fp32" else torch.bfloat16
+        shown = self.listed("writing hf/")
+        save_pretrained(
+            net, self.folder / "hf", dtype, self.folder / "tokenizer",
+            progress=shown, read=engine.whole, writes=self.is_main,
+        )  # fmt: skip
         distributed.barrier()
 
 
@@ -251,8 +276,8 @@ def open_run(config: RunConfig, overrides: frozenset[str]) -> RunContext | None:
         done = checkpoint.read_state(resumed).step if resumed is not None else stored.train.steps
         if exported and done >= config.train.steps and stored.train.steps <= config.train.steps:
             return None
-        if resumed is not None:
-            checkpoint.refuse_other_world(resumed)
+        if resumed is not None and STAGES[config.stage].runner == "rl":
+            checkpoint.refuse_other_world(resumed)  # a rank rolls out its own prompts
     context = RunContext(config, resumed)
     for line in warnings(config):
         context.say(f"note: {line}")

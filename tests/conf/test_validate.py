@@ -45,8 +45,8 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("model.mtp=dorp", "model.mtp=dorp is not known: did you mean drop?"),
         ("optim.schedule=cosin", "optim.schedule=cosin is not known: did you mean cosine?"),
         ("precision.name=fp16", "precision.name=fp16 is not known: did you mean bf16?"),
-        ("parallel.zero=3", "parallel.zero=3 is not supported yet: use parallel.zero=2"),
-        ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1 or 2"),
+        ("parallel.zero=3", "parallel.zero=3 is not supported yet in stage grpo: use parallel.zero=2"),
+        ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1, 2 or 3"),
         ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
         ("precision=fp8", "precision.name=fp8 is not supported yet: use precision=bf16 or precision=fp32"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto, kernels=triton or kernels=torch"),
@@ -142,12 +142,12 @@ def test_the_border_is_allowed(argv: str) -> None:
 
 
 def test_all_violations_are_reported_at_once_a_line_each() -> None:
-    argv = "train.steps=0 parallel.zero=3 model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
+    argv = "train.steps=0 parallel.offload=cpu model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
     messages = found(*argv)
     assert [message.split("=")[0] for message in messages] == [
         "kernels",
         "train.steps",
-        "parallel.zero",
+        "parallel.offload",
         "data.source",
         "model.n_routed_experts",
         "rl.group_size",
@@ -183,7 +183,15 @@ def test_sequence_divides_by_twice_the_context_ranks() -> None:
 @pytest.mark.parametrize("axis", ["ep", "cp"])
 def test_parallel_axes_divide_the_world(axis: str) -> None:
     assert any("does not divide the world of 3" in message for message in found(f"parallel.{axis}=2", world_size=3))
-    assert all("not supported yet" in message for message in found(f"parallel.{axis}=2", world_size=4))
+    (message,) = found(f"parallel.{axis}=2", world_size=4)  # grpo
+    assert message == f"parallel.{axis}=2 is not supported yet in stage grpo: use parallel.{axis}=1"
+    assert found(f"parallel.{axis}=2", stage="sparse_adapt", world_size=4) == []
+
+
+def test_experts_are_shared_out_under_zero_alone() -> None:
+    messages = found("parallel.ep=2", "parallel.zero=0", stage="sparse_adapt", world_size=2)
+    wanted = "parallel.ep=2 needs ZeRO, which clips by the norm over all experts: use parallel.zero=1"
+    assert messages == [wanted]
 
 
 def test_experts_divide_by_their_ranks() -> None:

@@ -65,6 +65,28 @@ class ExpertParallel:
                 setattr(module.experts, name, held)
 
 
+def expert_group(net: nn.Module) -> dist.ProcessGroup:
+    """The ranks that share this rank's experts out among them; of a model that was cut."""
+    return next(m.dispatcher.group for m in net.modules() if isinstance(m, MoE) and isinstance(m.dispatcher, AllToAll))
+
+
+@torch.no_grad()
+def frozen_checksum(net: nn.Module) -> int:
+    """Sum of the bit patterns of all fp32 weights that do not train, the same however experts are cut: changed weights
+    change it. Before ZeRO-3 cuts the parameters; all ranks call it."""
+    mine, shared = 0, torch.zeros((), dtype=torch.int64, device=distributed.device())
+    for p in net.parameters():
+        if not p.requires_grad and p.dtype == torch.float32:
+            bits = p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+            if hasattr(p, "group_name"):
+                shared += bits.to(shared.device)
+            else:
+                mine += int(bits)
+    if any(hasattr(p, "group_name") for p in net.parameters()):
+        dist.all_reduce(shared, group=expert_group(net))
+    return (mine + int(shared)) % (1 << 62)  # the sum over ranks wraps at 2^64
+
+
 def mark(net: nn.Module, zero: int) -> None:
     """Lets DeepSpeed see the expert parallel layers. Frozen experts have nothing to reduce, and ZeRO 1 and 2 refuse
     layers without an optimiser group; ZeRO-3 needs them to cut the parameters over the right ranks."""
