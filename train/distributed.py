@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.errors import UserError
+
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # rank 0 may tokenise a corpus while the others wait
 
@@ -49,7 +51,11 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    yield
+    try:
+        yield
+    except UserError:  # all ranks raise it alike
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after a fault: others may be inside a collective, and the process ends anyway
 
 
