@@ -70,6 +70,7 @@ def run(context: RunContext) -> None:
             if context.logs(state.step):
                 context.log(state.step, row)
                 show(context, writer, experience, state.step)
+            context.watchdog.beat(f"iteration {state.step}")
             progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
             finish_iteration(context, engine, reference, state)
     context.export(engine)

@@ -107,6 +107,7 @@ def train(context: RunContext) -> None:
                 speed = fresh_tokens / clock.read()
                 context.log(state.step, metrics_row(context, step, values, state.tokens, speed))
                 fresh_tokens = 0.0
+            context.watchdog.beat(f"step {state.step}")
             progress.update(1, loss=step.loss)
             if context.save_due(state.step):
                 context.save(engine, state)

@@ -28,6 +28,7 @@ from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.engine import Engine
 from train.guards import Guard
+from train.hang import Watchdog
 from train.metrics import MetricsWriter
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
@@ -41,6 +42,7 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.hang_limit_s",
     "train.micro_batches",  # where a step takes as many sequences as before
     "parallel",
     "tracker",
@@ -70,6 +72,7 @@ class RunContext:
         self.cp, self.ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
+        self.watchdog = Watchdog(self.folder, distributed.rank(), config.train.hang_limit_s)
         self.stop_asked = False
         self.writer: MetricsWriter | None = None
         self.tracker = Tracker()
@@ -88,9 +91,11 @@ class RunContext:
             self.writer = MetricsWriter(self.folder, step)
             self.tracker = make_tracker(self.config.tracker, self.folder, to_dict(self.config), resume=step is not None)
         distributed.barrier()
+        self.watchdog.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.watchdog.__exit__()
         if self.writer is not None:
             self.writer.close()
         self.tracker.finish(0 if kind is None else 1)
@@ -238,6 +243,7 @@ class RunContext:
         """Writes `hf/`, whole or not at all; all ranks call it and bring what they hold."""
         from model.hf import save_pretrained
 
+        self.watchdog.rest()
         net = engine.net
         assert isinstance(net, Transformer)
         dtype = torch.float32 if self.config.precision.name == "fp32" else torch.bfloat16

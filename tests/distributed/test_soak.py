@@ -1,4 +1,4 @@
-"""A run of two ranks that loses a random rank twenty times, at random moments, ends as an undisturbed one, bit for bit."""
+"""A run of two ranks that loses a random rank twenty times, at random moments, ends in the bits of a quiet one."""
 
 from __future__ import annotations
 
