@@ -3,6 +3,7 @@
 import sys
 
 import bench.cost  # noqa: F401  (each registers itself)
+import bench.fp8  # noqa: F401
 import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
 import bench.memory  # noqa: F401

@@ -73,7 +73,6 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
     "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
-    "precision.name": (lambda value: value == "fp8", "precision=bf16 or precision=fp32"),
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
     # the trainer's log-probs are those of the whole distribution at temperature 1: another sampler would be off policy
     "rl.temperature": (lambda value: value > 0 and value != 1, "rl.temperature=1"),

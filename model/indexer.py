@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from model.layers import Linear, linear
 from model.ops.common import IndexKL, no_autocast, with_gradients
+from model.ops.settings import DEFAULT
 from model.rope import rotate_half_split
 
 
@@ -36,10 +38,11 @@ class LightningIndexer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.dim, self.rope_dim = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.dim, bias=False)
-        self.wk = nn.Linear(config.hidden_size, self.dim, bias=False)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.wk = Linear(config.hidden_size, self.dim)
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.settings = DEFAULT
 
     def forward(
         self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, loss: IndexerLoss | None = None
@@ -60,12 +63,13 @@ class LightningIndexer(nn.Module):
             found = loss(indexed, grad)
             if not parameters or not found.kl_sum.requires_grad:
                 return found
-            gradients = torch.autograd.grad(found.kl_sum, parameters)
+            with no_autocast(x):  # a backward outside the forward has none either: it would narrow fp32 products
+                gradients = torch.autograd.grad(found.kl_sum, parameters)
             return found._replace(kl_sum=with_gradients(found.kl_sum.detach(), parameters, gradients))
 
     def project(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> Indexed:
         """Norm and RoPE are fp32, both scales (Hi^-0.5, di^-0.5) are folded into w."""
-        query, key = F.linear(q_latent, self.wq_b.weight), F.linear(x, self.wk.weight)
+        query, key = linear(q_latent, self.wq_b.weight, self.settings), linear(x, self.wk.weight, self.settings)
         query = query.unflatten(-1, (self.heads, self.dim))
         with no_autocast(x):
             q = self._rotate(query.float(), cos, sin).to(query.dtype)

@@ -1,5 +1,8 @@
-"""The small parts: RMSNorm, the gated MLP, and the output head that never makes [T, V].
+"""The small parts: linears that can run in FP8, RMSNorm, the gated MLP, and the output head that never makes [T, V].
 
+In FP8 (V3, sec. 3.3.1) run the linears that DeepSeek stores in FP8: MLA's projections, the indexer's wq_b and wk, MLP
+and experts. Embedding, head, norms, router, weights_proj and eh_proj do not. Scales are powers of two as in V3.1 and
+V3.2, so the weight that training multiplies by is the one that an FP8 export stores.
 Norm and gate have their own backward, which recomputes what plain autograd would keep.
 """
 
@@ -10,7 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.ops.common import compute_dtype
+from model.ops.fp8_linear import fp8_linear
+from model.ops.settings import DEFAULT, OpSettings
 from model.ops.vocab_loss import token_logprobs
+
+
+def linear(x: Tensor, weight: Tensor, settings: OpSettings) -> Tensor:
+    """x [..., K] @ weight [N, K]^T, in FP8 where the settings say so."""
+    if settings.fp8_linear is None:
+        return F.linear(x, weight)
+    return fp8_linear(x, weight, power_of_two=True, backend=settings.fp8_linear)
+
+
+class Linear(nn.Linear):
+    """Without bias; one that DeepSeek stores in FP8."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.settings = DEFAULT  # the owner of the model sets another: Transformer.use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.settings)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,9 +94,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

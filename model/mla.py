@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from model.context import Context
 from model.indexer import Indexed, LightningIndexer
-from model.layers import RMSNorm
+from model.layers import Linear, RMSNorm, linear
 from model.ops.common import IndexKL, compute_dtype, no_autocast
+from model.ops.fp8_linear import fp8_round_weight
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
 from model.ops.index_topk import index_topk
@@ -32,23 +33,29 @@ LATENT_EPS = 1e-6  # of q_a and kv_a norms, whatever rms_norm_eps says
 
 
 class KVUpProjection(nn.Module):
-    """Owns W_UK and W_UV ([H * (nope + v), kv_lora_rank], interleaved by head) and applies them in either form."""
+    """Owns W_UK and W_UV ([H * (nope + v), kv_lora_rank], interleaved by head) and applies them in either form.
+
+    In FP8 the absorbed form multiplies by the rounded weight and leaves activations as they are: its products are
+    attention's, which stays in higher precision (V3, sec. 3.3.1).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.nope, self.v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
         self.weight = nn.Parameter(torch.empty(self.heads * (self.nope + self.v), config.kv_lora_rank))
+        self.settings = DEFAULT
 
     def forward(self, x: Tensor | None, form: str) -> Tensor:
         """`expand`: latent [..., C] -> [..., H, nope + v]; `value`: latent output [..., H, C] -> [..., H, v];
         `key_weight`: W_UK itself [H, nope, C], for those who absorb queries in their own precision (x None)."""
-        w_uk, w_uv = self.weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
+        if form == "expand":
+            assert x is not None
+            return linear(x, self.weight, self.settings).unflatten(-1, (self.heads, self.nope + self.v))
+        weight = self.weight if self.settings.fp8_linear is None else fp8_round_weight(self.weight, power_of_two=True)
+        w_uk, w_uv = weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], 1)
         if form == "key_weight":
             return w_uk
-        assert x is not None
-        if form == "expand":
-            return nn.functional.linear(x, self.weight).unflatten(-1, (self.heads, self.nope + self.v))
-        assert form == "value", form
+        assert form == "value" and x is not None, form
         return torch.einsum("...hc,hvc->...hv", x, w_uv)
 
 
@@ -71,13 +78,13 @@ class MLA(nn.Module):
         self.nope, self.rope, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
         self.scale = softmax_scale(config.rope, config.qk_head_dim)
-        self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+        self.q_a_proj = Linear(hidden, config.q_lora_rank)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope, bias=False)
+        self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.kv_lora_rank + self.rope)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_EPS)
         self.kv_b_proj = KVUpProjection(config)
-        self.o_proj = nn.Linear(heads * self.v, hidden, bias=False)
+        self.o_proj = Linear(heads * self.v, hidden)
         self.indexer = LightningIndexer(config)
         self.settings = DEFAULT  # the owner of the model sets another: Transformer.use
 

@@ -17,6 +17,8 @@ from conf.schema import ModelConfig
 from model.context import Context
 from model.layers import MLP, swiglu
 from model.ops.common import no_autocast
+from model.ops.fp8_linear import fp8_grouped_linear
+from model.ops.settings import DEFAULT
 
 
 class Routing(NamedTuple):
@@ -71,14 +73,37 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num, inner, hidden))
         self.w2 = nn.Parameter(torch.empty(num, hidden, inner))
         self.w3 = nn.Parameter(torch.empty(num, inner, hidden))
+        self.settings = DEFAULT  # the owner of the model sets another: Transformer.use
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x [N, D] sorted by expert, `counts` rows for each -> [N, D]."""
-        outputs = []
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D] sorted by expert, counts [E] int64: rows of each -> [N, D]."""
+        hidden = swiglu(self._product(x, counts, self.w1), self._product(x, counts, self.w3))
+        return self._product(hidden, counts, self.w2)
+
+    def _product(self, x: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+        backend = self.settings.fp8_linear
+        if backend is not None:
+            return fp8_grouped_linear(x, counts.tolist(), weight, power_of_two=True, backend=backend)
+        return grouped_linear(x, counts, weight)
+
+
+def grouped_linear(x: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K] sorted by expert, counts [E] rows of each, weight [E, M, K] -> [N, M]: every expert's x @ weight^T.
+
+    torch's grouped product, which wants fp32 or bf16 and rows of whole 16 bytes; otherwise one product an expert.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype != weight.dtype or not aligned:
         # unbind, not indexing: its backward stacks the slices once instead of adding E full-size tensors
-        for part, w1, w2, w3 in zip(x.split(counts), self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True):
-            outputs.append(F.linear(swiglu(F.linear(part, w1), F.linear(part, w3)), w2))
-        return torch.cat(outputs)
+        pairs = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
+        return torch.cat([F.linear(part, each) for part, each in pairs])
+    out = F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+    if out.requires_grad:
+        out.register_hook(Tensor.contiguous)  # its backward refuses expanded gradients
+    return out
 
 
 class TokenDispatcher(Protocol):
@@ -90,7 +115,7 @@ class TokenDispatcher(Protocol):
 def local_dispatch(x: Tensor, routing: Routing, experts: nn.Module, num_experts: int) -> Tensor:
     """Every expert is here. No capacity, so no token is ever dropped."""
     order, counts = sort_by_expert(routing, num_experts)
-    out = experts(x.index_select(0, order // routing.experts.shape[1]), counts.tolist())
+    out = experts(x.index_select(0, order // routing.experts.shape[1]), counts)
     return combine(x, routing, order, out)
 
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
 from model.context import Context
-from model.layers import MLP, LMHead, RMSNorm
-from model.mla import MLA
+from model.indexer import LightningIndexer
+from model.layers import MLP, Linear, LMHead, RMSNorm
+from model.mla import MLA, KVUpProjection
 from model.moe import Experts, MoE, Router
 from model.ops.common import IndexKL
 from model.ops.settings import OpSettings
@@ -121,9 +122,9 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_mtp_layers))
 
     def use(self, settings: OpSettings) -> None:
-        """Sets how the attention ops of every layer run: backend, workspace, precision of the selection."""
+        """Sets how the ops of every layer run: backend, workspace, precision of the selection and of the linears."""
         for module in self.modules():
-            if isinstance(module, MLA):
+            if isinstance(module, MLA | KVUpProjection | LightningIndexer | Linear | Experts):
                 module.settings = settings
 
     def forward(

@@ -18,7 +18,6 @@ from data.stream import TokenStream
 from data.tokenizer import chat_ids
 from model import Transformer
 from rl.groups import grade, judge
-from rl.loop import autocast_dtype
 from rl.messages import RolloutRequest
 from rl.prompts import sample_seed
 from rl.rewards import part_names
@@ -28,6 +27,7 @@ from rl.summary import add_over_ranks, experience_metrics, experience_sums
 from train import distributed
 from train.evaluate import evaluate_losses
 from train.metrics import clean_row
+from train.precision import autocast_dtype
 from train.progress import Progress
 from train.run import RunContext, peak_memory_bytes
 

@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from conf.schema import RLConfig
 from data.chat import encode_prompt
 from data.prompts import Prompt, prompts
@@ -38,6 +36,7 @@ from train.checkpoint import TrainState
 from train.engine import Engine
 from train.guards import Guard
 from train.optim import build_optimizer, rates, select_trainable
+from train.precision import autocast_dtype
 from train.run import RunContext
 
 SHOWN_SAMPLES = 8  # of rank 0, an iteration, in samples.jsonl
@@ -81,10 +80,6 @@ def freeze(net: Transformer, context: RunContext) -> None:
     """Trains what the stage declares, less the MTP module: a zero gradient would still let weight decay shrink it."""
     select_trainable(net, context.stage)
     net.mtp.requires_grad_(False)
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 def open_prompts(context: RunContext) -> PromptStream:

@@ -2,7 +2,7 @@
 
 DeepSpeed averages gradients over its ranks; the losses here are already parts of a global mean, so `backward` scales by
 the world size and the result is the exact gradient of the sum over ranks and micro-batches. Parameters stay fp32; under
-bf16 the forward runs in autocast and the model keeps in fp32 what needs it.
+bf16 and fp8 the forward runs in autocast and the model keeps in fp32 what needs it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from train import distributed
 from train.ds_config import ds_config
 from train.optim import SkippableAdamW, apply_rates
 from train.parallel.ep import expert_group, frozen_checksum, mark
+from train.precision import autocast_dtype
 from train.shards import Reader, key_of
 
 STATES = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its count of steps
@@ -96,13 +97,12 @@ class Engine:
         parallel: ParallelConfig,
         precision: str = "fp32",
     ) -> None:
-        """`optimizer` holds exactly the parameters that require gradients; `precision` is fp32 or bf16."""
-        assert precision in ("fp32", "bf16"), precision
+        """`optimizer` holds exactly the parameters that require gradients; `precision`: fp32, bf16 or fp8."""
         deepspeed = import_deepspeed()
         self.net, self.optimizer, self.zero = net, optimizer, parallel.zero
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
         config = ds_config(optim, parallel, sum(p.numel() for p in trainable), distributed.world_size())
-        root = _Visible(net, torch.bfloat16 if precision == "bf16" else None)
+        root = _Visible(net, autocast_dtype(precision))
         self._trainable, self._deepspeed, self._loading = trainable, deepspeed, False
         self._parameters = {name for name, _ in net.named_parameters()}
         self._last: tuple[str, Tensor] = ("", torch.empty(0))

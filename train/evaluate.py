@@ -18,6 +18,7 @@ from model import Transformer
 from model.context import Context
 from train.losses import Sums, add_sums, indexer_metrics, reduce_sums
 from train.parallel.cp import ContextParallel
+from train.precision import autocast_dtype
 
 STATS = ("kl_uniform", "mass", "oracle_mass", "rows")
 
@@ -46,7 +47,8 @@ def evaluate_losses(
     device = next(net.parameters()).device
     layers = net.config.num_hidden_layers + len(net.mtp)
     total: Sums = {}
-    with _frozen(net), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    autocast = autocast_dtype(precision)
+    with _frozen(net), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for index in range(cp.replica, num_sequences, cp.replicas):
             batch = {name: field.to(device) for name, field in sequences.sequence(index).tensors().items()}
             add_sums(total, {name: value.double() for name, value in sequence_sums(net, *cp.share(batch)).items()})

@@ -164,6 +164,9 @@ class RunContext:
         asked = f" (kernels={self.config.kernels})" if self.config.kernels != self.ops.backend else ""
         where = f"{self.ops.backend}{asked} on {self.device.type}"
         self.say(f"attention ops: {where}, workspace {self.ops.workspace >> 20} MiB")
+        if self.ops.fp8_linear is not None:
+            emulated = f"emulated on {self.device.type}, slower than bf16"
+            self.say(f"FP8 linears: {emulated if self.ops.fp8_linear == 'emulate' else 'cuBLAS, blocks scaled'}")
         return net.to(self.device)
 
     def restore(self, engine: Engine) -> TrainState:

@@ -19,6 +19,7 @@ from conf.errors import UserError
 from conf.schema import ModelConfig, RunConfig
 from conf.validate import flatten
 from model.ops.settings import OpSettings
+from train.precision import fp8_backend
 from train.stages import STAGES, Stage, resolve_rates
 
 RUNS = Path("runs")
@@ -51,7 +52,7 @@ def resolve(config: RunConfig, overrides: frozenset[str], stored: RunConfig | No
 
 
 def op_settings(config: RunConfig, device: torch.device) -> OpSettings:
-    """How the attention ops run on `device`: kernels=auto is triton where it can run, and torch elsewhere.
+    """How the ops run on `device`: kernels=auto is triton where it can run, and torch elsewhere.
 
     UserError where kernels=triton cannot run. conf/validate.py refuses cudnn.
     """
@@ -62,7 +63,8 @@ def op_settings(config: RunConfig, device: torch.device) -> OpSettings:
     if backend == "auto":
         backend = "torch" if hindrance is not None or device.type != "cuda" else "triton"
     workspace = ops.workspace_mib or WORKSPACE_MIB[device.type]
-    return OpSettings(backend, workspace << 20, ops.deterministic, ops.fp8_index)
+    fp8_linear = fp8_backend(config.precision.name, device)
+    return OpSettings(backend, workspace << 20, ops.deterministic, ops.fp8_index, fp8_linear)
 
 
 def no_triton(device: torch.device) -> str | None:

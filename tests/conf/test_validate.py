@@ -48,7 +48,6 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("parallel.zero=3", "parallel.zero=3 is not supported yet in stage grpo: use parallel.zero=2"),
         ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1, 2 or 3"),
         ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
-        ("precision=fp8", "precision.name=fp8 is not supported yet: use precision=bf16 or precision=fp32"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto, kernels=triton or kernels=torch"),
         (
             "ops.fp8_index=true model.index_head_dim=48",

@@ -144,7 +144,7 @@ def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):
     assert sum(found[-3:]) / 3 > sum(found[:3]) / 3 + 0.1, found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_the_reference_is_the_policy_at_first(precision: str, base: str, tmp_path: Path):
     """To the bit, since both run the same forward on the same rows; then the policy moves away."""
     run = config(tmp_path / "run", base, rl=replace(RL, beta=0.1), steps=3)

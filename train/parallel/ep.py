@@ -125,7 +125,7 @@ class AllToAll:
         rows = _Exchange.apply(x.index_select(0, order // routing.experts.shape[1]), sent, received, self.group)
         expert = torch.arange(mine, device=x.device).repeat(self.size).repeat_interleave(incoming)
         by_expert = expert.argsort(stable=True)
-        out = experts(rows.index_select(0, by_expert), by_source.sum(0).tolist())
+        out = experts(rows.index_select(0, by_expert), by_source.sum(0))
         home = out.index_select(0, by_expert.argsort())  # in the order of arrival
         return combine(x, routing, order, _Exchange.apply(home, received, sent, self.group))
 
