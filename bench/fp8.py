@@ -64,7 +64,9 @@ def fp8() -> dict[str, Any]:
             ends = {precision: {key: end(found[precision][key]) for key in KEYS} for precision in found}
             apart = {key: ends["fp8"][key] / ends["bf16"][key] - 1 for key in KEYS}
             rows.append({"seed": seed, "mean_of_last": ends, "fp8_over_bf16_less_1": apart, "curves": found})
-            line = ", ".join(f"{key} {ends['bf16'][key]:.4f} -> {ends['fp8'][key]:.4f} ({apart[key]:+.3%})" for key in KEYS)
+            line = ", ".join(
+                f"{key} {ends['bf16'][key]:.4f} -> {ends['fp8'][key]:.4f} ({apart[key]:+.3%})" for key in KEYS
+            )
             print(f"seed {seed}, bf16 -> fp8: {line}", flush=True)
     config = {"base": BASE, "warmup": WARMUP, "adapt": ADAPT, "last": LAST, "max_apart": MAX_APART}
     passed = all(abs(row["fp8_over_bf16_less_1"][key]) <= MAX_APART for row in rows for key in ("loss/lm", "loss/mtp"))
