@@ -3,7 +3,8 @@
     net = from_pretrained("DeepSeek-V3.1-Base", dtype=torch.bfloat16, index_topk=2048)
     save_pretrained(net, "out", tokenizer_folder="DeepSeek-V3.1-Base")
 
-Tensors are streamed one by one into their place: beside the model itself there is never more than one of them. All
+Tensors are streamed one by one into their place (`model/fill.py`): beside the model itself, or this process's share
+of it, there is never more than one of them. All
 headers are checked first, so that a checkpoint that does not fit is refused before anything is read. An indexer that
 is missing altogether is initialised (a dense checkpoint on its way to sparse attention); one that is missing in part
 is an error.
@@ -23,15 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import ModelConfig
+from model.fill import Share, fill, materialise
 from model.fp8 import quantize, scale_shape
 from model.hf_config import load_config_json, parse_config, write_config
 from model.hf_files import SCALE_SUFFIX, Checkpoint, Planned, special_token_ids, torch_dtype_of, write_folder
 from model.hf_names import Slot, is_ignored, slots, stored_dtype
-from model.transformer import Transformer
+from model.transformer import INDEXER_INIT, Transformer, fresh
 
 __all__ = ["convert", "from_pretrained", "load_weights", "read_config", "save_pretrained", "write_config"]
 
@@ -80,7 +82,6 @@ def from_pretrained(
     return net
 
 
-@torch.no_grad()
 def load_weights(
     net: Transformer,
     folder: str | Path,
@@ -88,24 +89,35 @@ def load_weights(
     *,
     seed: int = 0,
     progress: Progress[Slot] = _silent,
+    share: Share | None = None,
 ) -> None:
     """Fills `net` from a checkpoint folder. What is on the meta device is made on the CPU in `dtype` (routers and the
-    indexer's small parts in fp32); what exists keeps its device and dtype. Raises UserError before anything is
-    changed."""
+    indexer's small parts in fp32); what exists keeps its device and dtype. Of experts that other processes hold, and
+    of what `share` leaves to others, nothing is read. Raises UserError before anything is changed."""
     checkpoint = Checkpoint(folder)
     wanted = _plan(net, checkpoint)
-    _materialise(net, dtype, net.state_dict(keep_vars=True))
-    state = net.state_dict(keep_vars=True)
-    for slot in progress(wanted):
-        target = state[slot.ours]
-        if slot.expert is not None:
-            held = slot.expert - net.first_expert
-            if not 0 <= held < len(target):
-                continue  # another process holds it
-            target = target[held]
-        target.copy_(checkpoint.read(slot.hf_name))
+    parts: dict[str, list[Slot]] = {}
+    for slot in wanted:
+        parts.setdefault(slot.ours, []).append(slot)
+    steps, generator = iter(progress(wanted)), torch.Generator().manual_seed(seed)
+
+    def write(name: str, values: Tensor, start: int, length: int) -> None:
+        if name not in parts:
+            whole = fresh(name, shapes[name], generator, INDEXER_INIT)
+            values[start : start + length] = whole.view(-1)[start : start + length]
+        for slot in parts.get(name, []):
+            next(steps)
+            size = math.prod(slot.shape)
+            offset = 0 if slot.expert is None else (slot.expert - net.first_expert) * size
+            low, high = max(start, offset), min(start + length, offset + size)
+            if low < high:
+                values[low:high] = checkpoint.read_flat(slot.hf_name, low - offset, high - offset)
+
+    shapes = {name: p.shape for name, p in net.indexer_parameters()}
     if not any(slot.is_indexer for slot in wanted):
-        _init_indexer(net, folder, seed)
+        _say_fresh(folder)
+    fill(net, dtype, write, share)
+    next(steps, None)  # the end of what shows the progress
 
 
 def _is_mtp(name: str, config: ModelConfig) -> bool:
@@ -137,21 +149,8 @@ def _plan(net: Transformer, checkpoint: Checkpoint) -> list[Slot]:
     return [slot for slot in table if slot.hf_name in present and not slot.is_copy]
 
 
-def _materialise(net: nn.Module, dtype: torch.dtype, state: dict[str, Tensor]) -> None:
-    """Gives the parameters and buffers in `state` that are on the meta device memory on the CPU, uninitialised."""
-    for name, tensor in state.items():
-        if not tensor.is_meta:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        empty = torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="cpu")
-        made = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        vars(made).update(vars(tensor))  # marks that others left on it, such as the ranks that share an expert
-        setattr(net.get_submodule(owner), leaf, made)
-
-
-def _init_indexer(net: Transformer, folder: str | Path, seed: int) -> None:
+def _say_fresh(folder: str | Path) -> None:
     log.warning("%s holds no lightning indexer: initialised at random, train it with +stage=dense_warmup", folder)
-    net.init_indexer(seed)
 
 
 def save_pretrained(
@@ -214,8 +213,11 @@ def convert(
     checkpoint = Checkpoint(folder)
     read = {slot.hf_name for slot in _plan(net, checkpoint)}
     if not any(".indexer." in name for name in read):
-        _materialise(net, torch.float32, dict(net.indexer_parameters()))
-        _init_indexer(net, folder, seed)
+        for name, _ in net.indexer_parameters():
+            owner, _, leaf = name.rpartition(".")
+            materialise(net.get_submodule(owner), leaf, torch.float32)
+        net.init_indexer(seed)
+        _say_fresh(folder)
     made = {name: parameter.detach() for name, parameter in net.indexer_parameters()}
     names = {slot.ours: slot.hf_name for slot in slots(net, config) if not slot.is_copy}
 

@@ -3,12 +3,13 @@ folder or none.
 
 A checkpoint is `model.safetensors`, or shards under `model.safetensors.index.json`. A safetensors file is 8 bytes
 (length of the header), the header (JSON: name -> dtype, shape, byte range) and the data, so a cut-off shard is found,
-and the tensor named, without touching the data. Tensors are then mapped into memory one at a time.
+and the tensor named, without touching the data. Tensors, or some rows of them, are then read one at a time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import UserError
-from model.fp8 import dequantize, scale_shape
+from model.fp8 import BLOCK, dequantize, scale_shape
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
@@ -84,7 +85,6 @@ class Checkpoint:
         self._scales = {name: entry for name, entry in found.items() if name.endswith(SCALE_SUFFIX)}
         self.entries = {name: entry for name, entry in found.items() if name not in self._scales}
         self._check_scales()
-        self._open: dict[Path, Any] = {}
 
     def _from_index(self, folder: Path) -> dict[str, Entry]:
         try:
@@ -135,22 +135,32 @@ class Checkpoint:
             )
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file; an FP8 weight as dequantised fp32."""
-        entry = self.entries[name]
-        tensor = self._get(entry.file, name)
-        if entry.dtype != FP8:
-            return tensor
-        scale_name = name + SCALE_SUFFIX
-        return dequantize(tensor, self._get(self._scales[scale_name].file, scale_name))
+        """The tensor; an FP8 weight as dequantised fp32."""
+        shape = self.entries[name].shape
+        return self.read_flat(name, 0, math.prod(shape)).view(shape)
 
-    def _get(self, file: Path, name: str) -> Tensor:
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Values `start` to `stop` of the flat tensor; no more than the rows that hold them is read."""
+        entry = self.entries[name]
+        width = math.prod(entry.shape[1:])
+        first, last = start // width, -(-stop // width)
+        if entry.dtype == FP8:
+            first -= first % BLOCK  # whole blocks, as their scales come
+            scale = self._scales[name + SCALE_SUFFIX]
+            rows = self._rows(entry.file, name, first, last)
+            scales = self._rows(scale.file, name + SCALE_SUFFIX, first // BLOCK, -(-last // BLOCK))
+            found = dequantize(rows, scales)
+        else:
+            found = self._rows(entry.file, name, first, last)
+        return found.reshape(-1)[start - first * width : stop - first * width]
+
+    def _rows(self, file: Path, name: str, first: int, last: int) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         try:
-            if file not in self._open:
-                # one at a time: neighbours in the model are neighbours in a shard
-                self._open = {file: safe_open(file, framework="pt", device="cpu")}
-            return self._open[file].get_tensor(name)
+            # opened anew for each: what was touched of a mapped file counts as this process's memory until it is closed
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                return opened.get_slice(name)[first:last]
         except SafetensorError as error:
             raise UserError(
                 f"{file}: tensor {name} cannot be read ({' '.join(str(error).split())}): {_REFETCH}"

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
 from model.context import Context
+from model.fill import Share, fill
 from model.indexer import LightningIndexer
 from model.layers import MLP, Linear, LMHead, RMSNorm
 from model.mla import MLA, KVUpProjection
@@ -248,25 +249,30 @@ class Transformer(nn.Module):
             load = row.to(router.e_score_correction_bias)
             router.e_score_correction_bias += speed * (load.mean() - load).sign()
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range) for matrices, 1 for norm weights, 0 for biases; the same values on every rank."""
+    def init_weights(self, seed: int, share: Share | None = None) -> None:
+        """N(0, initializer_range) for matrices, 1 for norm weights, 0 for biases; the same values however they are cut.
+        What is on the meta device is made on the CPU in fp32; `share`: see `model/fill.py`."""
         generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            self._init(name, p, generator, self.config.initializer_range)
-        for router in self.routers():
-            router.e_score_correction_bias.zero_()
+        with torch.device("meta"):
+            whole = Transformer(self.config).state_dict()  # the shapes, whatever part of the model is here
+
+        def write(name: str, values: Tensor, start: int, length: int) -> None:
+            value = fresh(name, whole[name].shape, generator, self.config.initializer_range).view(-1)
+            before = self.first_expert * whole[name][0].numel() if ".experts." in name else 0
+            values[start : start + length] = value[before + start :][:length]
+
+        fill(self, torch.float32, write, share)
 
     @torch.no_grad()
     def init_indexer(self, seed: int) -> None:
         """A fresh indexer for a dense checkpoint: N(0, 0.02), k_norm 1/0 (the report's warm-up starts from random)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.indexer_parameters():
-            self._init(name, p, generator, INDEXER_INIT)
+            p.copy_(fresh(name, p.shape, generator, INDEXER_INIT))
 
-    @staticmethod
-    def _init(name: str, p: nn.Parameter, generator: torch.Generator, std: float) -> None:
-        if p.dim() == 1:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+def fresh(name: str, shape: torch.Size, generator: torch.Generator, std: float) -> Tensor:
+    """What an untrained parameter or buffer starts from; matrices are drawn from the generator."""
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    return torch.randn(shape, generator=generator) * std

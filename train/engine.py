@@ -26,6 +26,7 @@ from train import distributed
 from train.ds_config import ds_config
 from train.optim import SkippableAdamW, apply_rates
 from train.parallel.ep import expert_group, frozen_checksum, mark
+from train.parallel.zero3 import full_shape
 from train.precision import autocast_dtype
 from train.shards import Reader, key_of
 
@@ -41,10 +42,6 @@ class Stretch:
     length: int
     flat: Tensor
     offset: int
-
-
-def _numel(p: Any) -> int:
-    return p.ds_numel if hasattr(p, "ds_numel") else p.numel()
 
 
 @contextmanager
@@ -101,7 +98,7 @@ class Engine:
         deepspeed = import_deepspeed()
         self.net, self.optimizer, self.zero = net, optimizer, parallel.zero
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        config = ds_config(optim, parallel, sum(p.numel() for p in trainable), distributed.world_size())
+        config = ds_config(optim, parallel, sum(full_shape(p).numel() for p in trainable), distributed.world_size())
         root = _Visible(net, autocast_dtype(precision))
         self._trainable, self._deepspeed, self._loading = trainable, deepspeed, False
         self._parameters = {name for name, _ in net.named_parameters()}
@@ -161,7 +158,7 @@ class Engine:
         names = {id(p): name for name, p in self.net.named_parameters()}
         for p, start, flat, offset, length in self._held():
             if length > 0:
-                first = self._ep_rank * _numel(p) if hasattr(p, "group_name") else 0
+                first = self._ep_rank * full_shape(p).numel() if hasattr(p, "group_name") else 0
                 yield Stretch(names[id(p)], first + start, length, flat, offset)
 
     def _held(self) -> Iterator[tuple[Any, int, Tensor, int, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from conf.schema import OptimConfig
+from train.parallel.zero3 import full_shape
 from train.stages import Stage
 
 
@@ -42,7 +43,7 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
     for name, p in net.named_parameters():
         if p.requires_grad:
             # DeepSpeed wants experts that ranks share out in groups of their own (train/parallel/ep.py)
-            key = ("indexer" if ".indexer." in name else "trunk", p.dim() > 1, getattr(p, "group_name", ""))
+            key = ("indexer" if ".indexer." in name else "trunk", len(full_shape(p)) > 1, getattr(p, "group_name", ""))
             found.setdefault(key, []).append(p)
     groups: list[dict[str, Any]] = []
     for role, matrix, shared in sorted(found, reverse=True):

@@ -32,6 +32,7 @@ from train.hang import Watchdog
 from train.metrics import MetricsWriter
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
+from train.parallel.zero3 import Zero3
 from train.progress import Progress
 from train.stages import STAGES
 from train.start import differences, op_settings, resolve, weights_folder
@@ -146,19 +147,22 @@ class RunContext:
         partial.rename(kept)
 
     def build_net(self) -> Transformer:
-        """The model with the weights that the run starts from, fp32, on this rank's device."""
-        config, seed = self.config.model, self.config.train.seed
+        """The model with the weights that the run starts from, fp32, on this rank's device.
+
+        Of what ranks share out (experts; under ZeRO-3 every parameter) only this rank's part is read and kept.
+        """
+        config, seed = self.config, self.config.train.seed
+        with torch.device("meta"):
+            net = Transformer(config.model)
+        self.ep.cut(net)
+        trains = self.stage.runner != "evaluate"
+        share = Zero3(config.optim, config.parallel) if trains and config.parallel.zero == 3 else None
         if self.source is None:
-            net = Transformer(config)
-            net.init_weights(seed)
-            self.ep.cut(net)
+            net.init_weights(seed, share)
         else:
             from model.hf import load_weights
 
-            with torch.device("meta"):
-                net = Transformer(config)
-            self.ep.cut(net)  # before reading: this rank reads its own experts alone
-            load_weights(net, self.source, torch.float32, seed=seed, progress=self.listed("reading weights"))
+            load_weights(net, self.source, seed=seed, progress=self.listed("reading weights"), share=share)
         net.activation_checkpointing = self.config.train.activation_checkpointing
         net.use(self.ops)
         asked = f" (kernels={self.config.kernels})" if self.config.kernels != self.ops.backend else ""

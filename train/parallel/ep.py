@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model import Transformer
 from model.moe import MoE, Routing, combine, sort_by_expert
 from train import distributed
+from train.parallel.zero3 import held, is_cut
 
 
 class ExpertParallel:
@@ -41,6 +42,7 @@ class ExpertParallel:
             if self.name not in groups._get_expert_parallel_group_dict():
                 groups._create_expert_and_data_parallel(size)
             self.group = groups._get_expert_parallel_group(self.name)
+            self.replicas = groups._get_expert_data_parallel_group(self.name)  # the ranks with the same experts
 
     def cut(self, net: Transformer) -> None:
         """Leaves this rank its experts, on the meta device or with their values, and hands tokens around from now on.
@@ -58,11 +60,12 @@ class ExpertParallel:
             module.experts.first = self.rank * count
             for name, p in module.experts.named_parameters(recurse=False):
                 mine = p.detach()[module.experts.first :][:count]
-                held = nn.Parameter(mine if p.is_meta else mine.clone(), p.requires_grad)
-                held.allreduce, held.group_name = False, self.name  # type: ignore[attr-defined]
-                held.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-                held.ds_zero_partition_group_name = self.name  # type: ignore[attr-defined]
-                setattr(module.experts, name, held)
+                part = nn.Parameter(mine if p.is_meta else mine.clone(), p.requires_grad)
+                part.allreduce, part.group_name = False, self.name  # type: ignore[attr-defined]
+                part.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                part.ds_zero_partition_group_name = self.name  # type: ignore[attr-defined]
+                part.ds_zero_partition_process_group = self.replicas  # type: ignore[attr-defined]
+                setattr(module.experts, name, part)
 
 
 def expert_group(net: nn.Module) -> dist.ProcessGroup:
@@ -72,19 +75,17 @@ def expert_group(net: nn.Module) -> dist.ProcessGroup:
 
 @torch.no_grad()
 def frozen_checksum(net: nn.Module) -> int:
-    """Sum of the bit patterns of all fp32 weights that do not train, the same however experts are cut: changed weights
-    change it. Before ZeRO-3 cuts the parameters; all ranks call it."""
-    mine, shared = 0, torch.zeros((), dtype=torch.int64, device=distributed.device())
+    """Sum of the bit patterns of all fp32 weights that do not train, the same however they are cut: changed weights
+    change it. All ranks call it."""
+    whole, shared, cut = torch.zeros(3, dtype=torch.int64, device=distributed.device()).unbind()
     for p in net.parameters():
         if not p.requires_grad and p.dtype == torch.float32:
-            bits = p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
-            if hasattr(p, "group_name"):
-                shared += bits.to(shared.device)
-            else:
-                mine += int(bits)
+            bits = held(p).view(torch.int32).sum(dtype=torch.int64).to(whole.device)
+            (cut if is_cut(p) else shared if hasattr(p, "group_name") else whole).add_(bits)
     if any(hasattr(p, "group_name") for p in net.parameters()):
         dist.all_reduce(shared, group=expert_group(net))
-    return (mine + int(shared)) % (1 << 62)  # the sum over ranks wraps at 2^64
+    dist.all_reduce(cut)  # every value of it is held once
+    return int(whole + shared + cut) % (1 << 62)  # the sums wrap at 2^64
 
 
 def mark(net: nn.Module, zero: int) -> None:
