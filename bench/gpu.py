@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: checked against torch in fp32, timed beside dense SDPA, in one run of under 8 minutes.
+"""The Triton kernels and FP8 linears on a GPU: checked, then timed beside SDPA and bf16, in one run of under 8 minutes.
 
     bash bench/gpu.sh            (torch, triton, numpy and pytest are all it needs)
 
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu_linear import linears
 from bench.registry import RESULTS, provenance
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
@@ -81,6 +82,9 @@ class Plan:
     repeats: int = 5
     check_repeats: int = 20  # of the deterministic mode, equal bit for bit
     kernel_tests: bool = True
+    # (tokens, outputs, inputs) of V3.2's q_b_proj, o_proj and a dense layer's MLP; (experts, tokens, outputs, inputs)
+    linears: tuple[tuple[int, int, int], ...] = ((8192, 24576, 1536), (8192, 7168, 16384), (8192, 18432, 7168))
+    experts: tuple[int, int, int, int] = (32, 65536, 2048, 7168)
     budget_s: float = BUDGET_S
 
 
@@ -497,6 +501,10 @@ def run(plan: Plan, target: Path) -> bool:
             time_warm_up(runner, length)
         except Exception as error:  # noqa: BLE001  (as above)
             runner.row("time_warm_up", partial(dict, error=f"{type(error).__name__}: {error}"), T=length)
+    try:
+        linears(runner)
+    except Exception as error:  # noqa: BLE001  (as above)
+        runner.row("linears", partial(dict, error=f"{type(error).__name__}: {error}"))
     return not runner.failed
 
 

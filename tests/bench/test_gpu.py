@@ -26,6 +26,8 @@ PLAN = gpu.Plan(
     repeats=1,
     check_repeats=3,
     kernel_tests=False,
+    linears=((20, 130, 40),),
+    experts=(3, 24, 16, 8),
 )  # fmt: skip
 
 
@@ -44,13 +46,16 @@ def test_every_kernel_is_checked_and_timed(whole: tuple[bool, dict]) -> None:
     assert passed and found["passed"], [row for row in found["rows"] if "error" in row or row.get("ok") is False]
     assert not any("skipped" in row for row in found["rows"])
     checks = [row for row in found["rows"] if row["name"].startswith("check")]
-    assert found["running"] is None and len(checks) == 6 and all(row["ok"] for row in checks)
+    assert found["running"] is None and len(checks) == 8 and all(row["ok"] for row in checks)
     assert [row["repeats_equal"] for row in checks if row.get("deterministic")] == [True]
     timed = {row["name"] for row in found["rows"] if "ms" in row}
     assert timed == {
         "index_topk", "index_topk fp8", "sparse_mla forward", "sparse_mla forward with target", "sparse_mla backward",
         "sparse_mla backward, deterministic", "index_kl_selected", "dense forward, SDPA default",
         "dense backward, SDPA default", "mla_dense forward, Triton", "index_kl_dense",
+        *(f"{name}, forward and backward" for name in (
+            "linear fp8", "linear bf16", "experts grouped", "experts loop", "experts fp8",
+        )),
     }  # fmt: skip
     ms = {row["name"]: row.get("ms") for row in found["rows"]}
     (step,) = (row for row in found["rows"] if row["name"].startswith("attention of"))
