@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.vocab_loss import KeptSets, token_logprobs
 from model.ops.vocab_loss import reference as ref
-from model.ops.vocab_loss import token_logprobs
 from tests.model.ops.cases import LargestTensor, assert_close, assert_same_gradients, randn
 
 ROWS, WIDTH, VOCABULARY = 37, 6, 53
@@ -91,3 +91,52 @@ def test_no_row_by_vocabulary_tensor():
         token_logprobs(hidden, weight, targets).sum().backward()
     assert 0 < largest.elements <= 4 << 20  # the tile of 16 MiB, a seventh of [T, V]
     assert hidden.grad is not None and weight.grad is not None
+
+
+def make_kept(seed: int, targets: Tensor) -> list[list[int]]:
+    """A few words with the target among them; every third row keeps all, as an empty list."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for t, target in enumerate(targets.tolist()):
+        words = torch.randperm(VOCABULARY, generator=generator)[: 1 + t % 9].tolist()
+        found.append([] if t % 3 == 0 else sorted({*words, max(target, 0)}))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("tiles", [{}, {"chunk": 7, "vocab_chunk": 10}, {"chunk": 36, "vocab_chunk": 1}])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_temperature_and_kept_sets_equal_reference(keeps, tiles, temperature):
+    inputs = randn(12, (ROWS, WIDTH), (VOCABULARY, WIDTH))
+    targets = make_targets(13)
+    kept = make_kept(14, targets) if keeps else None
+    sets = None if kept is None else KeptSets.of(kept)
+
+    def mine(*a: Tensor) -> Tensor:
+        return token_logprobs(*a, targets, temperature=temperature, kept=sets, **tiles)
+
+    def reference(*a: Tensor) -> Tensor:
+        return ref.token_logprobs(*a, targets, temperature, kept)
+
+    assert_close(mine(*inputs), reference(*inputs))
+    assert_same_gradients(mine, reference, inputs)
+    if keeps:
+        whole = token_logprobs(*inputs, targets, temperature=temperature, **tiles)
+        some = torch.tensor([bool(words) and int(y) >= 0 for words, y in zip(kept, targets, strict=True)])
+        assert (mine(*inputs) > whole)[some].all() and torch.equal(mine(*inputs)[~some], whole[~some])
+
+
+def test_a_word_that_is_not_kept_gets_no_gradient():
+    hidden, weight = randn(15, (3, WIDTH), (VOCABULARY, WIDTH))
+    sets = KeptSets.of([[4, 7], [7, 9], [4]])
+    token_logprobs(hidden, weight, torch.tensor([7, 9, 4]), kept=sets).sum().backward()
+    assert weight.grad is not None and hidden.grad is not None
+    assert set(weight.grad.abs().sum(1).nonzero().flatten().tolist()) == {4, 7, 9}
+    assert hidden.grad[2].eq(0).all()  # the only word in the running: its probability is 1
+
+
+def test_kept_sets_by_row():
+    sets = KeptSets.of([[1, 2], [], [5], [0, 3, 4]])
+    picked = sets.rows(torch.tensor([3, 1, 0]))
+    assert picked.ids.tolist() == [0, 3, 4, 1, 2] and picked.offsets.tolist() == [0, 3, 3, 5]
+    assert picked.dropped(slice(2, 5)).tolist() == [[True, False, False], [False] * 3, [False, True, True]]
