@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.ops.common import compute_dtype
 from model.ops.fp8_linear import fp8_linear
 from model.ops.settings import DEFAULT, OpSettings
-from model.ops.vocab_loss import token_logprobs
+from model.ops.vocab_loss import KeptSets, token_logprobs
 
 
 def linear(x: Tensor, weight: Tensor, settings: OpSettings) -> Tensor:
@@ -109,8 +109,15 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden [T, D] with labels [T] -> log p(label) [T] (0 where -100); without labels -> logits [T, V] fp32."""
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        kept: KeptSets | None = None,
+    ) -> Tensor:
+        """hidden [T, D] with labels [T] -> log p(label) [T] (0 where -100), at a temperature and over the words `kept`;
+        without labels -> logits [T, V] fp32."""
         if labels is None:
             return F.linear(hidden, self.weight).float()
-        return token_logprobs(hidden, self.weight, labels)
+        return token_logprobs(hidden, self.weight, labels, temperature=temperature, kept=kept)

@@ -19,7 +19,7 @@ from conf.schema import ModelConfig
 from model.context import Context
 from model.indexer import Indexed, LightningIndexer
 from model.layers import Linear, RMSNorm, linear
-from model.ops.common import IndexKL, compute_dtype, no_autocast
+from model.ops.common import IndexKL, compute_dtype, no_autocast, positions
 from model.ops.fp8_linear import fp8_round_weight
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
@@ -27,6 +27,7 @@ from model.ops.index_topk import index_topk
 from model.ops.mla_dense import mla_dense
 from model.ops.settings import DEFAULT
 from model.ops.sparse_mla import SparseAttention, sparse_mla
+from model.replay import LayerReplay, repeat, selection_overlap
 from model.rope import rotate_interleaved, softmax_scale
 
 LATENT_EPS = 1e-6  # of q_a and kv_a norms, whatever rms_norm_eps says
@@ -124,14 +125,17 @@ class MLA(nn.Module):
         attention: str,
         indexer_loss: str | None,
         stats: bool,
-    ) -> tuple[Tensor, IndexKL | None]:
-        """x [R, D] after the input norm, cos/sin [R, rope/2] -> ([R, D], indexer loss or None).
+        replay: LayerReplay | None = None,
+    ) -> tuple[Tensor, IndexKL | None, Tensor | None]:
+        """x [R, D] after the input norm, cos/sin [R, rope/2] -> ([R, D], indexer loss or None, `selection_overlap` [2]
+        where sparse attention has a record).
 
         Of the rest of the sequence only latents, rope keys and index keys are asked for: queries stay where they are.
         """
         p = self.project(x, cos, sin)
-        form = self._dense if attention == "dense" else self._sparse
-        return form(x, p, cos, sin, context, indexer_loss, stats)
+        if attention == "dense":
+            return *self._dense(x, p, cos, sin, context, indexer_loss, stats), None
+        return self._sparse(x, p, cos, sin, context, indexer_loss, stats, replay)
 
     def _rows(self, p: Projected, context: Context) -> tuple[Tensor, Tensor]:
         """latent [T, C] and k_rope [T, rope] of the whole sequence."""
@@ -197,14 +201,20 @@ class MLA(nn.Module):
         context: Context,
         indexer_loss: str | None,
         stats: bool,
-    ) -> tuple[Tensor, IndexKL | None]:
+        replay: LayerReplay | None,
+    ) -> tuple[Tensor, IndexKL | None, Tensor | None]:
         attended: list[SparseAttention] = []
+        overlap: list[Tensor] = []
 
         def attend(index: Indexed, grad: bool) -> Tensor:
             """The selection, [R, k]; `grad`: whether the trunk learns from what is attended to."""
             idx = index_topk(
                 index.q, index.k, index.w, context.doc_start, self.topk, q_pos=context.q_pos, settings=self.settings
             )
+            if replay is not None and replay.selected is not None:
+                visible = positions(context.doc_start, context.q_pos) - context.doc_start + 1
+                overlap.append(selection_overlap(idx, replay.selected, visible))
+                idx = repeat(idx, replay.selected, replay.keep_selection)
             with torch.set_grad_enabled(grad):
                 w_uk, rows = self.kv_b_proj(None, "key_weight"), self._rows(p, context)
                 learns = indexer_loss is not None
@@ -227,4 +237,4 @@ class MLA(nn.Module):
         else:
             assert indexer_loss == "selected", indexer_loss
             kl = self.indexer(x, p.q_latent, cos, sin, loss)
-        return self.output(attended[0].out.to(x.dtype)), kl
+        return self.output(attended[0].out.to(x.dtype)), kl, overlap[0] if overlap else None

@@ -19,14 +19,17 @@ from model.layers import MLP, swiglu
 from model.ops.common import no_autocast
 from model.ops.fp8_linear import fp8_grouped_linear
 from model.ops.settings import DEFAULT
+from model.replay import LayerReplay, repeat, routes_agree
 
 
 class Routing(NamedTuple):
-    """experts [T, K] int64, gates [T, K] fp32 and the full sigmoid scores [T, E] fp32."""
+    """experts [T, K] int64, gates [T, K] fp32, the full sigmoid scores [T, E] fp32, and the router's own choice [T, K],
+    which `experts` is too unless another was repeated."""
 
     experts: Tensor
     gates: Tensor
     scores: Tensor
+    live: Tensor
 
 
 class Router(nn.Module):
@@ -41,16 +44,18 @@ class Router(nn.Module):
         self.top_k, self.groups, self.top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
         self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, replay: LayerReplay | None = None) -> Routing:
         """x [T, D] -> Routing."""
         with no_autocast(x):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
             with torch.no_grad():
-                experts = self._choose(scores + self.e_score_correction_bias)
+                live = experts = self._choose(scores + self.e_score_correction_bias)
+                if replay is not None:
+                    experts = repeat(live, replay.experts, replay.keep_routing)
             gates = scores.gather(1, experts)
             if self.normalise:
                 gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, gates * self.factor, scores)
+        return Routing(experts, gates * self.factor, scores, live)
 
     def _choose(self, biased: Tensor) -> Tensor:
         if self.groups > 1:
@@ -140,17 +145,21 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.num_experts, self.dispatcher = config.n_routed_experts, dispatcher
 
-    def mix(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def mix(self, x: Tensor, replay: LayerReplay | None = None) -> tuple[Tensor, Routing]:
         """x [N, D] -> routed plus shared experts [N, D], without the training statistics (decoding calls this)."""
-        routing = self.gate(x)
+        routing = self.gate(x, replay)
         return self.dispatcher(x, routing, self.experts, self.num_experts) + self.shared_experts(x), routing
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Context, replay: LayerReplay | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [R, D] -> (out [R, D], tokens routed to each expert [E] int64, balance loss; 0 where no gradient is asked
-        for). Padding is computed, not counted."""
-        out, routing = self.mix(x)
+        for; `routes_agree` [2] where there is a record). Padding is computed, not counted."""
+        out, routing = self.mix(x, replay)
         counts = torch.bincount(routing.experts[context.real].flatten(), minlength=self.num_experts)
-        return out, counts, balance_loss(routing, context) if routing.scores.requires_grad else x.new_zeros(())
+        balance = balance_loss(routing, context) if routing.scores.requires_grad else x.new_zeros(())
+        recorded = None if replay is None else replay.experts
+        return out, counts, balance, None if recorded is None else routes_agree(routing.live, recorded)
 
 
 def balance_loss(routing: Routing, context: Context) -> Tensor:

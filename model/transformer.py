@@ -8,7 +8,8 @@ behind the main ones), E routed experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from model.mla import MLA, KVUpProjection
 from model.moe import Experts, MoE, Router
 from model.ops.common import IndexKL
 from model.ops.settings import OpSettings
+from model.ops.vocab_loss import KeptSets
+from model.replay import LayerReplay, Replay
 from model.rope import rope_table
 
 INDEXER_INIT = 0.02  # standard deviation of a fresh indexer's matrices, whatever the trunk started from
@@ -39,6 +42,7 @@ class ForwardOutput:
     expert_counts: Tensor  # [MoE layers, E] tokens routed
     stats: dict[str, Tensor]  # [L] sums over rows: kl_uniform, mass, oracle_mass, rows
     num_rows: Tensor  # real rows of the sequence
+    replay: dict[str, Tensor]  # with a record: routes [MoE layers, 2], selection [L, 2] (see model/replay.py)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ class _Request:
     attention: str
     indexer_loss: str | None
     stats: bool
+    replay: LayerReplay | None = None  # of the layer that is asked
+
+
+class _LayerReport(NamedTuple):
+    """What a layer says beside its output."""
+
+    kl: IndexKL | None
+    moe: tuple[Tensor, Tensor] | None  # tokens of each expert, balance loss
+    routes: Tensor | None
+    selection: Tensor | None
 
 
 class Layer(nn.Module):
@@ -61,18 +75,23 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | MLP = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, request: _Request
-    ) -> tuple[Tensor, IndexKL | None, tuple[Tensor, Tensor] | None]:
-        attended, index = self.self_attn(
-            self.input_layernorm(x), cos, sin, request.context, request.attention, request.indexer_loss, request.stats
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, request: _Request) -> tuple[Tensor, _LayerReport]:
+        attended, index, selection = self.self_attn(
+            self.input_layernorm(x),
+            cos,
+            sin,
+            request.context,
+            request.attention,
+            request.indexer_loss,
+            request.stats,
+            request.replay,
         )
         x = x + attended
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, counts, balance = self.mlp(h, request.context)
-            return x + out, index, (counts, balance)
-        return x + self.mlp(h), index, None
+            out, counts, balance, routes = self.mlp(h, request.context, request.replay)
+            return x + out, _LayerReport(index, (counts, balance), routes, selection)
+        return x + self.mlp(h), _LayerReport(index, None, None, selection)
 
 
 class MTPModule(nn.Module):
@@ -98,13 +117,18 @@ class _Collector:
         self.kl: list[IndexKL] = []
         self.counts: list[Tensor] = []
         self.balance: list[Tensor] = []
+        self.replay: dict[str, list[Tensor]] = {"routes": [], "selection": []}
 
-    def add(self, index: IndexKL | None, moe: tuple[Tensor, Tensor] | None) -> None:
-        if index is not None:
-            self.kl.append(index)
-        if moe is not None:
-            self.counts.append(moe[0])
-            self.balance.append(moe[1])
+    def add(self, report: _LayerReport) -> None:
+        if report.kl is not None:
+            self.kl.append(report.kl)
+        if report.moe is not None:
+            self.counts.append(report.moe[0])
+            self.balance.append(report.moe[1])
+        for name, found in self.replay.items():
+            value = getattr(report, name)
+            if value is not None:
+                found.append(value)
 
 
 class Transformer(nn.Module):
@@ -144,13 +168,17 @@ class Transformer(nn.Module):
         stats: bool = False,
         mtp: bool = True,
         context: Context | None = None,
+        replay: Replay | None = None,
+        temperature: float = 1.0,
+        kept: KeptSets | None = None,
     ) -> ForwardOutput:
         """One packed sequence, or the rows of it that `context` describes; all tensors [R] int64 (see
         `data/packing.py`).
 
         attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense
         attention) or `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under
-        no_grad; stats adds the indexer's health sums; mtp False leaves the MTP modules out.
+        no_grad; stats adds the indexer's health sums; mtp False leaves the MTP modules out. Of a sampler: `replay` has
+        its choices in the trunk repeated, token_logprobs are at its `temperature` and over the words `kept` of [R].
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
@@ -165,8 +193,8 @@ class Transformer(nn.Module):
         frozen = not any(p.requires_grad for name, p in self.named_parameters() if ".indexer." not in name)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trunk_grad or frozen)):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
-            hidden = self._trunk(input_ids, table, request, found)
-            token_logprobs = self.lm_head(hidden, labels) if lm_loss else None
+            hidden = self._trunk(input_ids, table, request, found, replay)
+            token_logprobs = self.lm_head(hidden, labels, temperature, kept) if lm_loss else None
             if with_mtp:
                 mtp_hidden = self._mtp(hidden, next_ids, table, request, found)
                 mtp_logprobs = self.lm_head(mtp_hidden, mtp_labels) if lm_loss else None
@@ -180,13 +208,23 @@ class Transformer(nn.Module):
             torch.stack(found.counts) if found.counts else empty,
             {name: torch.stack([index.stats[name] for index in found.kl]) for name in names},
             context.real.sum(),
+            {name: torch.stack(rows) for name, rows in found.replay.items() if rows},
         )
 
-    def _trunk(self, input_ids: Tensor, table: tuple[Tensor, Tensor], request: _Request, found: _Collector) -> Tensor:
+    def _trunk(
+        self,
+        input_ids: Tensor,
+        table: tuple[Tensor, Tensor],
+        request: _Request,
+        found: _Collector,
+        replay: Replay | None = None,
+    ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x, index, moe = self._run(layer, x, table, request)
-            found.add(index, moe)
+        first_moe = self.config.first_k_dense_replace
+        for number, layer in enumerate(self.layers):
+            part = None if replay is None else replay.layer(number, number - first_moe if number >= first_moe else None)
+            x, report = self._run(layer, x, table, replace(request, replay=part))
+            found.add(report)
         return self.norm(x)
 
     def _mtp(
@@ -200,8 +238,8 @@ class Transformer(nn.Module):
         module = self.mtp[0]
         assert isinstance(module, MTPModule)
         x = module.combine(hidden, self.embed_tokens(next_ids))
-        x, index, moe = self._run(module.layer, x, table, request)
-        found.add(index, moe)
+        x, report = self._run(module.layer, x, table, request)
+        found.add(report)
         return module.norm(x)
 
     def _run(self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], request: _Request):

@@ -170,7 +170,7 @@ def test_layer_equals_the_reference(backend, attention, rope):
     x, cos, sin = make_inputs(config, doc_start)
     expected = attention_layer(layer.state_dict(), config, x, doc_start, sparse=attention == "sparse").out
     with torch.no_grad():
-        out, _ = layer(x, cos, sin, Context.whole(doc_start), attention, None, False)
+        out, *_ = layer(x, cos, sin, Context.whole(doc_start), attention, None, False)
     assert (out - expected).abs().max() < OUTPUT_TOLERANCE * expected.abs().max()
     other = attention_layer(layer.state_dict(), config, x, doc_start, sparse=attention != "sparse").out
     assert (out - other).abs().max() > 0.01 * expected.abs().max()
@@ -186,7 +186,7 @@ def test_dense_equals_sparse_when_topk_covers_the_sequence(backend):
     trunk = {name: p for name, p in layer.named_parameters() if not name.startswith("indexer.")}
     outputs, gradients = [], []
     for attention in ("dense", "sparse"):
-        out, _ = layer(x, cos, sin, Context.whole(doc_start), attention, None, False)
+        out, *_ = layer(x, cos, sin, Context.whole(doc_start), attention, None, False)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
         outputs.append(out.detach())
         gradients.append(torch.autograd.grad((out * upstream).sum(), [x, *trunk.values()]))
@@ -266,7 +266,7 @@ def test_transformers_agrees(rope):
     assert chosen == expected.chosen == model_scores(layer, x, cos, sin, doc_start)[1]
     assert (out - expected.out).abs().max() < OUTPUT_TOLERANCE * expected.out.abs().max()
     with torch.no_grad():
-        mine, _ = layer(x, cos, sin, Context.whole(doc_start), "sparse", None, False)
+        mine, *_ = layer(x, cos, sin, Context.whole(doc_start), "sparse", None, False)
     assert (out - mine).abs().max() < OUTPUT_TOLERANCE * expected.out.abs().max()
 
 

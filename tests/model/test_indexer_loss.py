@@ -14,7 +14,7 @@ STAGES = [("dense", "dense"), ("sparse", "selected")]
 
 
 def run(layer: MLA, x: Tensor, cos: Tensor, sin: Tensor, attention: str, loss: str | None, stats: bool = False):
-    return layer(x, cos, sin, Context.whole(make_doc_start(LENGTHS, PADDING)), attention, loss, stats)
+    return layer(x, cos, sin, Context.whole(make_doc_start(LENGTHS, PADDING)), attention, loss, stats)[:2]
 
 
 def expected_sums(layer: MLA, x: Tensor, sparse: bool) -> dict[str, float]:

@@ -29,7 +29,7 @@ def route_token(layer: MoE, x: torch.Tensor) -> dict[int, float]:
 
 def test_output_is_the_gated_sum_of_the_chosen_experts_and_the_shared_one() -> None:
     layer, x = moe(), torch.randn(17, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
-    out, counts, _ = layer(x, Context.whole(torch.zeros(17, dtype=torch.int64)))
+    out, counts, *_ = layer(x, Context.whole(torch.zeros(17, dtype=torch.int64)))
     e, loads = layer.experts, [0] * CONFIG.n_routed_experts
     for t in range(17):
         expected = layer.shared_experts(x[t])
@@ -85,7 +85,7 @@ def test_balance_loss_is_the_token_weighted_mean_of_each_documents_sum_f_p() -> 
 def test_empty_experts_and_gradients_of_the_rest() -> None:
     layer, x = moe(), torch.randn(3, CONFIG.hidden_size)
     layer.gate.e_score_correction_bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
-    out, counts, _ = layer(x, Context.whole(torch.zeros(3, dtype=torch.int64)))
+    out, counts, *_ = layer(x, Context.whole(torch.zeros(3, dtype=torch.int64)))
     out.sum().backward()
     assert counts.tolist() == [3, 3, 0, 0]
     assert not layer.experts.w1.grad[2:].any() and bool(layer.experts.w1.grad[:2].any())
