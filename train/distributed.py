@@ -48,10 +48,13 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        # torch 2.13 hands a restarted job the store of the attempt before, with addresses of ranks that are dead
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=TIMEOUT)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torch 2.13 hands a restarted job the store of the attempt before, with addresses of ranks that are dead.
+            # The count is the node's own and differs between nodes after a restart: across nodes the launcher must
+            # make a store for every attempt (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as launch/cluster does)
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
