@@ -1,6 +1,7 @@
 """Reward parts by value, and the pool under graders that sleep, raise, die and lie."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -102,6 +103,13 @@ def test_a_kill_takes_the_graders_children_too(tmp_path: Path):
         while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [alive(pid) for pid in pids] == [False, False]
+
+
+def test_sigterm_to_the_whole_job_loses_no_grade():
+    with RewardPool(1, 30.0, GRADERS) as pool:
+        assert pool.grade([attempt("ab")], ["by_text"])[0].parts == {"by_text": 2.0}
+        os.kill(pool.workers[0].process.pid, signal.SIGTERM)
+        assert pool.grade([attempt("abc")], ["by_text"])[0].parts == {"by_text": 3.0}
 
 
 def test_a_worker_that_cannot_start_is_an_error():
