@@ -42,6 +42,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "parallel.zero",
     "parallel.persist_below",
     "rl.reference_refresh",
+    "rl.top_k",
 }
 
 INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is at least 0
@@ -74,9 +75,6 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
     "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
-    # the trainer's log-probs are those of the whole distribution at temperature 1: another sampler would be off policy
-    "rl.temperature": (lambda value: value > 0 and value != 1, "rl.temperature=1"),
-    "rl.top_p": (lambda value: 0 < value < 1, "rl.top_p=1"),
     "rl.tools": (lambda value: value is True, "rl.tools=false"),
     "model.tie_word_embeddings": (lambda value: value is True, "model.tie_word_embeddings=false"),
 }
@@ -255,6 +253,8 @@ def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
             f"rl.prompts_per_step={rl.prompts_per_step} does not divide by the world of {world_size} processes:"
             f" give rl.prompts_per_step={fix}"
         )
+    if rl.keep_selection and not rl.record_selection:
+        yield "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well"
     samples = rl.prompts_per_step // world_size * rl.group_size
     if rl.mini_batches > samples > 0:
         yield f"rl.mini_batches={rl.mini_batches} is more than a process has samples, {samples}: give {samples} or less"

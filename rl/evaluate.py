@@ -17,6 +17,7 @@ from data.prompts import prompts
 from data.stream import TokenStream
 from data.tokenizer import chat_ids
 from model import Transformer
+from model.generate import Sampling
 from rl.groups import grade, judge
 from rl.messages import RolloutRequest
 from rl.prompts import sample_seed
@@ -84,7 +85,7 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     config, rl = context.config, context.config.rl
     requests, too_long = heldout_requests(context)
     autocast = autocast_dtype(config.precision.name)
-    engine = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast, temperature=1.0, top_p=1.0)
+    engine = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast, Sampling())
     mine = requests[distributed.rank() :: distributed.world_size()]
     start = time.monotonic()
     with Progress(len(mine), "held-out problems", context.is_main, unit="answer") as progress:

@@ -16,12 +16,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from conf.schema import RLConfig
 from data.chat import encode_prompt
 from data.prompts import Prompt, prompts
 from model import Transformer
 from rl.groups import Experience, grade, judge
-from rl.loss import LossSettings
 from rl.prompts import PromptStream
 from rl.reference import Reference
 from rl.rewards import part_names
@@ -116,14 +114,10 @@ def gather_experience(
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 
 
-def loss_settings(rl: RLConfig) -> LossSettings:
-    return LossSettings(rl.clip_low, rl.clip_high, rl.beta, rl.off_policy_delta)
-
-
 def improve(
     context: RunContext, engine: Engine, experience: Experience, reference: Reference | None, state: TrainState
 ) -> dict[str, float]:
-    """The iteration's optimiser steps, one a mini-batch; means over them (`mismatch/k3`: of the first, before any
+    """The iteration's optimiser steps, one a mini-batch; means over them (`mismatch/*`: of the first, before any
     step)."""
     config, rl = context.config, context.config.rl
     values = rates(state.step, config.train.steps, config.optim)
@@ -134,9 +128,7 @@ def improve(
             for i, sample in enumerate(experience.trained)
             if mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches) == number
         ]
-        update = run_mini_batch(
-            engine, experience, members, loss_settings(rl), reference, rl.pack_len, context.stage.attention
-        )
+        update = run_mini_batch(engine, experience, members, rl, reference, context.stage.attention)
         if update is None:
             reason: str | None = "no group whose grades are whole"
         else:
@@ -148,7 +140,7 @@ def improve(
             context.guard.count_skip(state.step + 1, reason)
     found = mean_rows(rows)
     if rows:
-        found["mismatch/k3"] = rows[0]["mismatch/k3"]
+        found |= {name: value for name, value in rows[0].items() if name.startswith("mismatch/")}
     return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
 
 

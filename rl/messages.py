@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class RolloutRequest:
@@ -33,8 +35,10 @@ class TokenColumns:
     behaviour_logprobs: list[float]  # log-prob under the distribution it was drawn from; 0 where it was not sampled
     weight_versions: list[int]  # iteration of the weights that drew it
     turns: list[int]  # number of the assistant's turn; the prompt belongs to the turn it opens
-    kept_sets: list[list[int]] | None = None  # vocabulary ids that top-p kept
-    routed_experts: list[list[list[int]]] | None = None  # [MoE layer][slot] expert ids
+    kept_sets: list[list[int]] | None = None  # words that top-p and top-k kept; [] where nothing was drawn: all
+    # [tokens, MoE layer, slot] int16 expert ids and [tokens, layer, k] int32 positions; -1 where a token did not run
+    routed_experts: Tensor | None = field(default=None, compare=False)
+    selected: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         columns = {name: column for name, column in vars(self).items() if column is not None}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.ops.vocab_loss import KeptSets
 from rl.messages import Sample
 
 IGNORE = -100
@@ -31,6 +32,9 @@ class TrainingRow:
     advantages: Tensor  # fp32
     sequence: Tensor  # int64 number of the sample inside this row, -1 where nothing was sampled
     num_sequences: int
+    kept: KeptSets | None = None  # words that were in the running for the label
+    experts: Tensor | None = None  # [M, T, K]
+    selected: Tensor | None = None  # [L, T, k] positions in this row
 
     def inputs(self) -> dict[str, Tensor]:
         """The positional arguments of `Transformer.forward` by name; multi-token prediction does not learn in RL."""
@@ -85,6 +89,9 @@ def pack_samples(samples: Sequence[Sample], advantages: Sequence[float], length:
 
 def _fill(samples: list[Sample], advantages: list[float], length: int) -> TrainingRow:
     row = empty_row(length)
+    kept: list[list[int]] = [[] for _ in range(length)]
+    experts = _blank([sample.tokens.routed_experts for sample in samples], length)
+    selected = _blank([sample.tokens.selected for sample in samples], length)
     start = 0
     for number, (sample, advantage) in enumerate(zip(samples, advantages, strict=True)):
         tokens, stop = sample.tokens, start + len(sample.tokens)
@@ -99,5 +106,22 @@ def _fill(samples: list[Sample], advantages: list[float], length: int) -> Traini
         row.behaviour[predicting] = torch.tensor(tokens.behaviour_logprobs)[1:][sampled]
         row.advantages[predicting] = advantage
         row.sequence[predicting] = number
+        if tokens.kept_sets is not None:
+            kept[start : stop - 1] = tokens.kept_sets[1:]
+        if experts is not None and tokens.routed_experts is not None:
+            experts[start:stop] = tokens.routed_experts
+        if selected is not None and tokens.selected is not None:
+            selected[start:stop] = torch.where(tokens.selected >= 0, tokens.selected + start, -1)
         start = stop
-    return TrainingRow(**{**vars(row), "num_sequences": len(samples)})
+    recorded = {
+        "kept": KeptSets.of(kept) if any(kept) else None,
+        "experts": None if experts is None else experts.transpose(0, 1),
+        "selected": None if selected is None else selected.transpose(0, 1),
+    }
+    return TrainingRow(**{**vars(row), **recorded, "num_sequences": len(samples)})
+
+
+def _blank(records: list[Tensor | None], length: int) -> Tensor | None:
+    """A record [length, ...] of rows that did not run, in the form of those that samples bring; None if none does."""
+    like = next((record for record in records if record is not None), None)
+    return None if like is None else torch.full((length, *like.shape[1:]), -1, dtype=like.dtype)

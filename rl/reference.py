@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ class Reference:
         return self.folder / f"step_{step}.safetensors"
 
     @torch.no_grad()
-    def logprobs(self, inputs: dict[str, Tensor], attention: str) -> Tensor:
-        """log pi_ref of a row's labels [T]."""
+    def logprobs(self, inputs: dict[str, Any], attention: str) -> Tensor:
+        """log pi_ref of a row's labels [T]. `inputs` are the policy's, with what it repeats of the sampler: both are
+        distributions over the same words then, by the same experts."""
         device = inputs["input_ids"].device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             found = self.net(**inputs, attention=attention, mtp=False).token_logprobs

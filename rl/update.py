@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from conf.schema import RLConfig
+from model.replay import Replay
 from rl.groups import Experience
 from rl.loss import LossSettings, PolicyTokens, grpo_loss
 from rl.messages import Sample
@@ -20,6 +23,8 @@ from rl.reference import Reference
 from rl.summary import add_over_ranks
 from train import distributed
 from train.engine import Engine
+
+REPEATED = {"routes": "mismatch/route_agree", "selection": "mismatch/index_overlap"}  # ForwardOutput.replay -> metric
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,8 @@ def run_mini_batch(
     engine: Engine,
     experience: Experience,
     members: Sequence[int],
-    settings: LossSettings,
+    rl: RLConfig,
     reference: Reference | None,
-    length: int,
     attention: str,
 ) -> Update | None:
     """Forward and backward of the samples `members` of the experience; None where no rank has any."""
@@ -59,22 +63,39 @@ def run_mini_batch(
     total = int(add_over_ranks({"sequences": len(samples)})["sequences"])
     if total == 0:
         return None
-    rows = aligned_rows(samples, [experience.advantages[i] for i in members], length)
-    sums: dict[str, float] = {}
+    rows = aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len)
+    sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     for number, row in enumerate(rows):
-        loss, metrics = _row_loss(engine, row, settings, reference, total, attention)
+        loss, metrics = _row_loss(engine, row, rl, reference, total, attention)
         engine.backward(loss, last=number == len(rows) - 1)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     found = add_over_ranks(sums)
+    for name, metric in REPEATED.items():
+        same, counted = found.pop(f"{name}/same"), found.pop(f"{name}/counted")
+        if counted:  # no engine need record them
+            found[metric] = same / counted
     return Update(found.pop("loss"), engine.grad_norm(), found, total)
 
 
-def _row_loss(
-    engine: Engine, row: TrainingRow, settings: LossSettings, reference: Reference | None, total: int, attention: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_settings(rl: RLConfig) -> LossSettings:
+    return LossSettings(rl.clip_low, rl.clip_high, rl.beta, rl.off_policy_delta)
+
+
+def model_inputs(row: TrainingRow, rl: RLConfig) -> dict[str, Any]:
+    """What the forward is asked for on this rank's device: the row, and what is repeated of the sampler."""
     device = distributed.device()
-    inputs = {name: field.to(device) for name, field in row.inputs().items()}
+    found: dict[str, Any] = {name: field.to(device) for name, field in row.inputs().items()}
+    kept = row.kept.to(device) if row.kept is not None and rl.keep_sampling_mask else None
+    experts, selected = (None if part is None else part.to(device) for part in (row.experts, row.selected))
+    replay = Replay(experts, selected, rl.keep_routing, rl.keep_selection)
+    return found | {"replay": replay, "temperature": rl.temperature, "kept": kept}
+
+
+def _row_loss(
+    engine: Engine, row: TrainingRow, rl: RLConfig, reference: Reference | None, total: int, attention: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    device, inputs = distributed.device(), model_inputs(row, rl)
     out = engine.forward(**inputs, attention=attention, mtp=False)
     assert out.token_logprobs is not None
     tokens = PolicyTokens(
@@ -85,4 +106,7 @@ def _row_loss(
         num_sequences=row.num_sequences,
         reference=None if reference is None else reference.logprobs(inputs, attention),
     )
-    return grpo_loss(tokens, settings, total)
+    loss, metrics = grpo_loss(tokens, loss_settings(rl), total)
+    for name, counts in out.replay.items():
+        metrics[f"{name}/same"], metrics[f"{name}/counted"] = counts.sum(0).unbind()
+    return loss, metrics

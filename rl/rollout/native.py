@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import RLConfig
 from model import Transformer
-from model.generate import Generation, generate
+from model.generate import Ask, Generation, Sampling, generate
 from rl.messages import RolloutRequest, Sample, TokenColumns
 
 
 class NativeEngine:
-    """See `RolloutEngine`. `autocast`: dtype of the matrix products, the trainer's; None is fp32. `temperature` and
-    `top_p` are the configuration's where they are not given."""
+    """See `RolloutEngine`. `autocast`: dtype of the matrix products, the trainer's; None is fp32. `sampling`: the
+    configuration's where it is not given."""
 
     def __init__(
         self,
@@ -28,13 +29,11 @@ class NativeEngine:
         rl: RLConfig,
         attention: str = "sparse",
         autocast: torch.dtype | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
         self.max_new_tokens = rl.max_new_tokens
-        self.temperature = rl.temperature if temperature is None else temperature
-        self.top_p = rl.top_p if top_p is None else top_p
+        self.sampling = sampling or sampling_of(rl)
         self.weight_version = 0
 
     def generate(
@@ -47,14 +46,11 @@ class NativeEngine:
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             drawn = generate(
                 self.net,
-                [request.prompt_ids for request in requests],
-                self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                eos_id=self.tokenizer.eos_token_id,
-                seeds=[request.seed for request in requests],
-                attention=self.attention,
-                done=done,
+                [Ask(request.prompt_ids, request.seed, self.max_new_tokens) for request in requests],
+                self.sampling,
+                self.tokenizer.eos_token_id,
+                self.attention,
+                done,
             )
         return [self._sample(request, generation) for request, generation in zip(requests, drawn, strict=True)]
 
@@ -66,8 +62,22 @@ class NativeEngine:
             behaviour_logprobs=[0.0] * prompt + drawn.logprobs,
             weight_versions=[self.weight_version] * size,
             turns=[0] * size,
+            kept_sets=None if drawn.kept is None else [[]] * prompt + drawn.kept,
+            routed_experts=_one_more(drawn.experts),
+            selected=_one_more(drawn.selected),
         )
         said = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
         text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return Sample(request, tokens, text, drawn.finish_reason)
+
+
+def sampling_of(rl: RLConfig) -> Sampling:
+    """How the run samples, and what it records for the trainer."""
+    record = {"experts"} | ({"selected"} if rl.record_selection else set())
+    return Sampling(rl.temperature, rl.top_p, rl.top_k, frozenset(record))
+
+
+def _one_more(rows: Tensor | None) -> Tensor | None:
+    """A record with a row for the last token, which did not run."""
+    return None if rows is None else torch.cat([rows, torch.full_like(rows[:1], -1)])

@@ -56,8 +56,11 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ),
         ("ops.workspace_mib=0", "ops.workspace_mib=0 is too small: give 1 or more"),
         ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
-        ("rl.temperature=0.7", "rl.temperature=0.7 is not supported yet: use rl.temperature=1"),
-        ("rl.top_p=0.95", "rl.top_p=0.95 is not supported yet: use rl.top_p=1"),
+        (
+            "rl.keep_selection=true rl.record_selection=false",
+            "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well",
+        ),
+        ("rl.top_k=-1", "rl.top_k=-1 is too small: give 0 or more"),
         (
             "model.tie_word_embeddings=true",
             "model.tie_word_embeddings=true is not supported yet: use model.tie_word_embeddings=false",

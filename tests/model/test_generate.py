@@ -122,8 +122,8 @@ def test_top_k_keeps_the_likeliest_and_renormalises() -> None:
 
 
 def test_places_are_filled_again_at_once(monkeypatch) -> None:
-    """Three places for nine samples of three prompts: the same samples as with a place for each, in fewer steps than one
-    batch after another would take, and every prompt is read once."""
+    """Three places for nine samples of three prompts: the same samples as with a place for each, in fewer steps than
+    one batch after another would take, and every prompt is read once."""
     net, prompts, lengths = tiny_net(), [PROMPTS[i % 3] for i in range(9)], [3, 24, 8, 15, 4, 20, 1, 9, 12]
     asks = [Ask(prompt, seed, size) for seed, (prompt, size) in enumerate(zip(prompts, lengths, strict=True))]
     alone = generate(net, asks, Sampling(), eos_id=-1)
@@ -166,8 +166,8 @@ RECORD = frozenset({"experts", "selected"})
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_records_are_what_the_full_forward_chooses(batch: int) -> None:
-    """Experts and positions of every row that ran, ragged and past index_topk, against a forward that is asked to repeat
-    them: it would have chosen the same, and its log-probs over the kept words are the sampler's."""
+    """Experts and positions of every row that ran, ragged and past index_topk, against a forward that is asked to
+    repeat them: it would have chosen the same, and its log-probs over the kept words are the sampler's."""
     net = tiny_net()
     made = run(net, top_p=0.9, temperature=0.8, record=RECORD, more={"max_batch": batch})
     for prompt, each in zip(PROMPTS, made, strict=True):

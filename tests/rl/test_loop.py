@@ -154,6 +154,19 @@ def test_the_reference_is_the_policy_at_first(precision: str, base: str, tmp_pat
     assert rows(tmp_path / "run")[0]["mismatch/k3"] < (1e-10 if precision == "fp32" else 1e-5)
 
 
+def test_at_rate_zero_every_mismatch_stays_flat(base: str, tmp_path: Path):
+    """With the sampler's words, experts and positions repeated nothing but rounding is left between it and the trainer,
+    in the last iteration as in the first; without the words it is off policy from the start."""
+    rl = replace(RL, top_p=0.9, temperature=0.9, keep_selection=True, mini_batches=2)
+    for name, changed in (("kept", rl), ("dropped", replace(rl, keep_sampling_mask=False))):
+        run = config(tmp_path / name, base, rl=changed, steps=4)
+        assert go(replace(run, optim=replace(run.optim, lr=1e-30))) == ["finished"]
+    for row in rows(tmp_path / "kept"):
+        assert row["mismatch/k3"] < 1e-9 and row["mismatch/route_agree"] == row["mismatch/index_overlap"] == 1.0
+        assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-4) and row["policy/clip_frac"] == 0
+    assert all(row["mismatch/k3"] > 1e-3 for row in rows(tmp_path / "dropped"))
+
+
 def test_sigterm_saves_and_the_run_goes_on(base: str, tmp_path: Path):
     def terminate(iteration: int) -> None:
         if iteration == 3:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig, RLConfig
 from model import Transformer
 from rl.groups import Experience
-from rl.loss import LossSettings
 from rl.messages import RolloutRequest, Sample
 from rl.packing import empty_row, pack_samples
 from rl.rollout.native import NativeEngine
-from rl.update import mini_batch_of, run_mini_batch
+from rl.update import mini_batch_of, model_inputs, run_mini_batch
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train import distributed
@@ -33,14 +35,14 @@ class Numbers:
         return " ".join(str(i) for i in ids)
 
 
-def draw(net: Transformer, indices: range) -> list[Sample]:
+def draw(net: Transformer, indices: range, rl: RLConfig = RL) -> list[Sample]:
     """Samples of prompts of unequal lengths, a prompt longer than index_topk among them."""
     requests = [
         RolloutRequest(p, s, "none", "", "", tuple(range(2, 4 + 3 * p)), seed=100 * p + s)
         for p in indices
         for s in range(GROUP)
     ]
-    return NativeEngine(net, Numbers(), RL).generate(requests)  # type: ignore[arg-type]
+    return NativeEngine(net, Numbers(), rl).generate(requests)  # type: ignore[arg-type]
 
 
 def experience(samples: list[Sample]) -> Experience:
@@ -72,6 +74,54 @@ def test_trainer_and_sampler_agree_on_every_log_prob():
         out = net(**row.inputs(), attention="sparse")
         drawn = row.sequence >= 0
         torch.testing.assert_close(out.token_logprobs[drawn], row.behaviour[drawn], rtol=0, atol=1e-5)
+
+
+WAYS = {  # name -> how is sampled
+    "whole": {},
+    "hot": {"temperature": 1.7},
+    "top_p": {"top_p": 0.8},
+    "top_k": {"top_k": 5, "temperature": 0.6},
+}
+
+
+def log_probs(net: Transformer, samples: list[Sample], rl: RLConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(trainer's, sampler's) of every token drawn, and how much of the record the trainer would have chosen, [2]."""
+    mine, theirs, counts = [], [], {}
+    for row in pack_samples(samples, [0.0] * len(samples), 64):
+        out, drawn = net(**model_inputs(row, rl), attention="sparse"), row.sequence >= 0
+        mine.append(out.token_logprobs[drawn].detach())
+        theirs.append(row.behaviour[drawn])
+        for name, value in out.replay.items():
+            counts[name] = counts.get(name, 0) + value.sum(0)
+    return torch.cat(mine), torch.cat(theirs), counts
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_with_what_the_sampler_did_repeated_the_trainer_agrees_with_it(way: str):
+    rl, net = replace(RL, keep_selection=True, **WAYS[way]), tiny.build()
+    samples = draw(net, range(PROMPTS), rl)
+    mine, theirs, counts = log_probs(net, samples, rl)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert all(same == counted > 0 for same, counted in counts.values())
+    if way.startswith("top"):
+        without, _, _ = log_probs(net, samples, replace(rl, keep_sampling_mask=False))
+        assert (without < theirs - 1e-3).sum() > 0.5 * len(theirs)  # the whole vocabulary: an off-policy trainer
+
+
+def test_other_weights_keep_routes_and_selections_where_they_are_told_to():
+    """A router and an indexer that moved since: repeated, only gates and scores differ; not repeated, choices do."""
+    net = tiny.build()
+    samples = draw(net, range(PROMPTS), RL)
+    with torch.no_grad():
+        for router in net.routers():
+            router.weight.add_(0.1 * torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(1)))
+    net.init_indexer(3)
+    kept, theirs, counts = log_probs(net, samples, replace(RL, keep_selection=True))
+    free, _, live = log_probs(net, samples, replace(RL, keep_routing=False))
+    for name, (same, counted) in counts.items():  # what they would have chosen is counted, whatever is enforced
+        assert 0 < same < counted, name
+    assert set(live) == {"routes", "selection"} and live["routes"][0] < live["routes"][1]
+    assert (kept - theirs).abs().mean() < 0.8 * (free - theirs).abs().mean()
 
 
 def test_an_empty_row_gives_zero_gradients_and_no_nan():
@@ -108,7 +158,8 @@ def _gradient(zero: int, deal: list[list[int]], length: int) -> tuple[np.ndarray
     optimizer = torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
     engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), ParallelConfig(zero=zero))
     members = range(len(found.trained))
-    update = run_mini_batch(engine, found, members, LossSettings(0.2, 0.3), None, length, "sparse")
+    rl = replace(RL, clip_low=0.2, clip_high=0.3, pack_len=length)
+    update = run_mini_batch(engine, found, members, rl, None, "sparse")
     assert update is not None
     engine.step({"trunk": 1.0, "indexer": 1.0})
     after = torch.cat([p.detach().flatten() for p in trained])
@@ -131,7 +182,7 @@ def test_the_gradient_depends_on_neither_rows_nor_ranks():
 def _nothing_to_train() -> bool:
     net = tiny.build()
     engine = Engine(net, SkippableAdamW(parameter_groups(net, 0.0)), OptimConfig(lr=1.0), ParallelConfig(zero=1))
-    return run_mini_batch(engine, Experience([]), [], LossSettings(0.2, 0.2), None, 32, "sparse") is None
+    return run_mini_batch(engine, Experience([]), [], RL, None, "sparse") is None
 
 
 def test_a_mini_batch_without_any_group_is_passed_over():
