@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from conf.schema import ModelConfig
 from model.layers import Linear, linear
-from model.ops.common import IndexKL, no_autocast, with_gradients
+from model.ops.common import IndexKL, no_autocast, short_lived, with_gradients
 from model.ops.settings import DEFAULT
 from model.rope import rotate_half_split
 
@@ -57,7 +57,8 @@ class LightningIndexer(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(loss is not None and bool(parameters)):
-            indexed = self.project(x.detach(), q_latent.detach(), cos, sin)
+            with short_lived():
+                indexed = self.project(x.detach(), q_latent.detach(), cos, sin)
             if loss is None:
                 return indexed
             found = loss(indexed, grad)

@@ -19,7 +19,7 @@ from conf.schema import ModelConfig
 from model.context import Context
 from model.indexer import Indexed, LightningIndexer
 from model.layers import Linear, RMSNorm, linear
-from model.ops.common import IndexKL, compute_dtype, no_autocast, positions
+from model.ops.common import IndexKL, compute_dtype, no_autocast, positions, short_lived
 from model.ops.fp8_linear import fp8_round_weight
 from model.ops.index_kl_dense import index_kl_dense
 from model.ops.index_kl_selected import index_kl_selected
@@ -228,7 +228,8 @@ class MLA(nn.Module):
             idx = attend(index, grad)
             target = attended[0].target
             assert target is not None
-            return index_kl_selected(target, idx, *index, stats, settings=self.settings)
+            with short_lived():
+                return index_kl_selected(target, idx, *index, stats, settings=self.settings)
 
         if indexer_loss is None:
             index = self.indexer(x, p.q_latent, cos, sin)

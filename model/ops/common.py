@@ -145,6 +145,12 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def short_lived() -> AbstractContextManager:
+    """For a graph that is used up within the forward that made it: what it saves stays as it is. Under activation
+    checkpointing the hooks of the layer would unpack it by running the layer's forward once more."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
 def reaching(scores: Tensor, bound: Tensor) -> Tensor:
     """Flat positions, ascending, of the entries of scores [rows, n] that are at least their row's bound [rows, 1]."""
     if scores.device.type == "cpu":  # numpy compares 4x and lists 3x faster than torch here

@@ -128,6 +128,22 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_activation_checkpointing_runs_each_layer_once_more() -> None:
+    """The indexer's loss has a graph of its own in the forward: to use that up must not run the layer again."""
+    net, calls = tiny_net(), 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    net.activation_checkpointing = True
+    net.layers[1].self_attn.q_a_proj.register_forward_hook(count)
+    loss = total_loss(net(**batch([21, 6]), attention="sparse", indexer_loss="selected"))
+    assert calls == 1
+    loss.backward()
+    assert calls == 2
+
+
 def test_mtp_predicts_from_the_state_at_t_and_the_embedding_of_t_plus_1() -> None:
     """Against V3's eq. 21-23 written out: M [RMSNorm(Emb(t+1)); RMSNorm(h_t)], a layer, the shared head."""
     net, fields = tiny_net(), batch([12])
