@@ -157,7 +157,7 @@ def metrics_row(
 ) -> dict[str, float]:
     """One row of metrics.jsonl; `values` are the step's rates, `tokens` those the run has seen."""
     stage, model = context.stage, context.config.model
-    found = {"tokens": tokens} | step_metrics(step.sums, step.counts, stage, model.num_hidden_layers)
+    found = {"tokens": tokens} | step_metrics(step.sums, step.counts, stage, model)
     found["optim/grad_norm"] = step.grad_norm
     found["optim/lr"] = values["trunk"] if stage.trains_trunk else values["indexer"]
     if stage.trains_indexer:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conf.schema import TrainConfig
+from conf.schema import ModelConfig, TrainConfig
 from model import ForwardOutput
 from train import distributed
 from train.stages import Stage
@@ -130,17 +130,30 @@ def indexer_metrics(kl: Tensor, stats: Mapping[str, Tensor], rows: float, layers
     return {"loss/indexer_kl": float(columns["kl"][:layers].mean())} | means | by_layer
 
 
-def step_metrics(sums: Sums, counts: Counts, stage: Stage, layers: int) -> dict[str, float]:
-    """The logged losses and health metrics of a step from its global sums; `layers`: main layers."""
+def load_metrics(counts: Tensor, layers: int, first_moe: int) -> dict[str, float]:
+    """Tokens of the busiest expert over the mean, averaged over all routers and by main layer.
+
+    counts [MoE layers, E]: main layers `first_moe` to `layers - 1`, then MTP's, which has no number of its own and is
+    left out where it did not run.
+    """
+    counts = counts[counts.sum(-1) > 0]
+    if not len(counts):
+        return {}
+    load = counts.amax(-1) / counts.mean(-1)
+    by_layer = zip(range(first_moe, layers), load.tolist(), strict=False)
+    return {"moe/load_max_over_mean": float(load.mean())} | {
+        f"moe/layer_{i:02d}/load_max_over_mean": value for i, value in by_layer
+    }
+
+
+def step_metrics(sums: Sums, counts: Counts, stage: Stage, model: ModelConfig) -> dict[str, float]:
+    """The logged losses and health metrics of a step from its global sums."""
     found: dict[str, float] = {}
+    layers = model.num_hidden_layers
     if stage.lm_loss:
         found["loss/lm"] = float(sums["lm"]) / counts.lm
         found["loss/mtp"] = float(sums["mtp"]) / counts.mtp
     if stage.indexer_loss is not None:
         stats = {name.removeprefix("stat/"): value for name, value in sums.items() if name.startswith("stat/")}
         found |= indexer_metrics(sums["kl"], stats, counts.rows, layers, stage.indexer_loss)
-    load = sums["expert_counts"]
-    load = load[load.sum(-1) > 0]
-    if len(load):
-        found["moe/load_max_over_mean"] = float((load.amax(-1) / load.mean(-1)).mean())
-    return found
+    return found | load_metrics(sums["expert_counts"], layers, model.first_k_dense_replace)

@@ -10,7 +10,16 @@ from model import Transformer
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train.flops import flops_per_token, indexer_weights, trunk_weights
-from train.losses import Counts, add_sums, global_counts, indexer_metrics, micro_batch_loss, reduce_sums
+from train.losses import (
+    Counts,
+    add_sums,
+    global_counts,
+    indexer_metrics,
+    load_metrics,
+    micro_batch_loss,
+    reduce_sums,
+    step_metrics,
+)
 from train.stages import STAGES
 
 
@@ -83,6 +92,32 @@ def test_indexer_metrics_average_over_main_layers_and_name_the_selected_referenc
     selected = indexer_metrics(kl, {"kl_uniform": stats["kl_uniform"]}, rows, 2, "selected")
     assert selected["indexer/kl_captured_selected"] == found["indexer/kl_captured"]
     assert "indexer/kl_captured" not in selected and "indexer/mass_recall" not in selected
+
+
+def test_load_is_named_by_the_layer_of_the_model() -> None:
+    counts = torch.tensor([[6.0, 2.0], [4.0, 4.0], [8.0, 0.0]])  # layers 1 and 2 of 3, then MTP's
+    found = load_metrics(counts, 3, 1)
+    assert found == {
+        "moe/load_max_over_mean": (1.5 + 1.0 + 2.0) / 3,
+        "moe/layer_01/load_max_over_mean": 1.5,
+        "moe/layer_02/load_max_over_mean": 1.0,
+    }
+    counts[2] = 0.0  # a step without MTP
+    assert load_metrics(counts, 3, 1) == found | {"moe/load_max_over_mean": 1.25}
+    assert load_metrics(torch.zeros(0, 2), 3, 3) == {}  # a model without experts
+
+
+def test_a_step_logs_the_load_of_each_layer_with_experts() -> None:
+    net, stage = tiny.build(num_hidden_layers=3), STAGES["pretrain"]  # layer 0 is dense
+    with torch.no_grad():  # layer 2 sends every row to experts 0 and 1 of 4: twice the mean
+        net.layers[2].mlp.gate.e_score_correction_bias[:2] = 10.0
+    out = net(**tiny.batch(0))
+    _, sums = micro_batch_loss(out, Counts(1, 1, 13, 1), stage, TrainConfig())
+    found = step_metrics(sums, Counts(1, 1, 13, 1), stage, net.config)
+    by_layer = {name: value for name, value in found.items() if name.startswith("moe/layer_")}
+    assert list(by_layer) == ["moe/layer_01/load_max_over_mean", "moe/layer_02/load_max_over_mean"]
+    assert by_layer["moe/layer_02/load_max_over_mean"] == 2.0
+    assert 1.0 <= by_layer["moe/layer_01/load_max_over_mean"] < 2.0
 
 
 def test_flops_count_the_weights_that_a_token_meets() -> None:
