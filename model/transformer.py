@@ -313,4 +313,4 @@ def fresh(name: str, shape: torch.Size, generator: torch.Generator, std: float) 
     """What an untrained parameter or buffer starts from; matrices are drawn from the generator."""
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator).mul_(std)
