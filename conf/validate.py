@@ -223,12 +223,8 @@ def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
     if parallel.zero == 0 and parallel.ep > 1:
         yield f"parallel.ep={parallel.ep} needs ZeRO, which clips by the norm over all experts: use parallel.zero=1"
     # a rank decodes on its own there: it has nobody to meet in a layer
-    if parallel.ep > 1 and stage in ("grpo", "evaluate"):
+    if parallel.ep > 1 and stage == "evaluate":
         yield f"parallel.ep={parallel.ep} is not supported yet in stage {stage}: use parallel.ep=1"
-    if stage == "grpo" and parallel.cp > 1:
-        yield f"parallel.cp={parallel.cp} is not supported yet in stage grpo: use parallel.cp=1"
-    if stage == "grpo" and parallel.zero == 3:
-        yield "parallel.zero=3 is not supported yet in stage grpo: use parallel.zero=2"
 
 
 def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -247,6 +243,10 @@ def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "rl.group_size=1 has no advantage, which is the reward less its group's mean: give 2 or more"
     if rl.max_new_tokens >= rl.pack_len:
         yield f"rl.max_new_tokens={rl.max_new_tokens} leaves rl.pack_len={rl.pack_len} no prompt room: raise it"
+    cp = config.parallel.cp
+    if cp > 1 and rl.pack_len % (2 * cp):
+        multiple = -(-rl.pack_len // (2 * cp)) * 2 * cp
+        yield f"rl.pack_len={rl.pack_len} does not divide by 2*parallel.cp={2 * cp}: give rl.pack_len={multiple}"
     if rl.prompts_per_step % world_size:
         fix = -(-rl.prompts_per_step // world_size) * world_size
         yield (

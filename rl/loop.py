@@ -25,6 +25,7 @@ from rl.reference import Reference
 from rl.rewards import part_names
 from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
+from rl.rollout.copy import RolloutCopy
 from rl.rollout.native import NativeEngine
 from rl.samples import COLUMNS, SamplesWriter, sample_row
 from rl.summary import add_over_ranks, experience_metrics, experience_sums
@@ -48,17 +49,26 @@ def run(context: RunContext) -> None:
     net = context.build_net()
     freeze(net, context)
     autocast = autocast_dtype(config.precision.name)
-    reference = Reference(net, context.folder, autocast) if rl.beta > 0 else None
     engine = Engine(net, build_optimizer(net, config.optim), config.optim, config.parallel, config.precision.name)
+    cut = config.parallel.zero == 3 or config.parallel.ep > 1
+    copy = RolloutCopy(config.model, context.ops, context.device) if cut else None
+    whole = net if copy is None else copy.net  # the policy as one rank can run it by itself
+    reference = None
+    if rl.beta > 0:
+        if copy is not None:
+            copy.refresh(engine)
+        reference = Reference(whole, context.folder, autocast)
     state = context.restore(engine)
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
-    policy = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast)
+    policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:
             start = time.monotonic()
+            if copy is not None:
+                copy.refresh(engine)
             experience, row = gather_experience(context, policy, pool, stream, state)
             row |= improve(context, engine, experience, reference, state)
             state.step += 1
@@ -69,7 +79,7 @@ def run(context: RunContext) -> None:
                 show(context, writer, experience, state.step)
             context.watchdog.beat(f"iteration {state.step}")
             progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
-            finish_iteration(context, engine, reference, state)
+            finish_iteration(context, engine, reference, copy, state)
     context.export(engine)
     engine.close()
 
@@ -128,7 +138,7 @@ def improve(
             for i, sample in enumerate(experience.trained)
             if mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches) == number
         ]
-        update = run_mini_batch(engine, experience, members, rl, reference, context.stage.attention)
+        update = run_mini_batch(engine, experience, members, rl, reference, context.stage.attention, context.cp)
         if update is None:
             reason: str | None = "no group whose grades are whole"
         else:
@@ -165,13 +175,17 @@ def _cell(value: object) -> object:
     return json.dumps(value) if isinstance(value, Mapping) else value
 
 
-def finish_iteration(context: RunContext, engine: Engine, reference: Reference | None, state: TrainState) -> None:
+def finish_iteration(
+    context: RunContext, engine: Engine, reference: Reference | None, copy: RolloutCopy | None, state: TrainState
+) -> None:
     """Refreshes the reference, saves where it is due, and stops where any rank was asked to."""
     refresh = context.config.rl.reference_refresh
     net = engine.net
     assert isinstance(net, Transformer)
     if reference is not None and refresh and state.step % refresh == 0:
-        reference.refresh(net, state.step)
+        if copy is not None:
+            copy.refresh(engine)
+        reference.refresh(net if copy is None else copy.net, state.step)
         state.extra["reference_step"] = state.step
     stop = distributed.max_over_ranks(float(context.stop_asked)) > 0
     if context.save_due(state.step):

@@ -23,6 +23,7 @@ from rl.reference import Reference
 from rl.summary import add_over_ranks
 from train import distributed
 from train.engine import Engine
+from train.parallel.cp import ContextParallel
 
 REPEATED = {"routes": "mismatch/route_agree", "selection": "mismatch/index_overlap"}  # ForwardOutput.replay -> metric
 
@@ -43,9 +44,13 @@ def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: i
     return place * mini_batches // (prompts * group_size)
 
 
-def aligned_rows(samples: Sequence[Sample], advantages: Sequence[float], length: int) -> list[TrainingRow]:
-    """This rank's rows, as many as the rank with most has."""
-    rows = pack_samples(samples, advantages, length)
+def aligned_rows(
+    samples: Sequence[Sample], advantages: Sequence[float], length: int, cp: ContextParallel
+) -> list[TrainingRow]:
+    """This replica's rows, as many as the replica with most has. The ranks of a replica bring what each has drawn, and
+    then work on every row together."""
+    parts = cp.gather_objects((list(samples), list(advantages)))
+    rows = pack_samples([s for part, _ in parts for s in part], [a for _, part in parts for a in part], length)
     most = int(distributed.max_over_ranks(float(len(rows))))
     return rows + [empty_row(length) for _ in range(most - len(rows))]
 
@@ -57,16 +62,17 @@ def run_mini_batch(
     rl: RLConfig,
     reference: Reference | None,
     attention: str,
+    cp: ContextParallel,
 ) -> Update | None:
     """Forward and backward of the samples `members` of the experience; None where no rank has any."""
     samples = [experience.trained[i] for i in members]
     total = int(add_over_ranks({"sequences": len(samples)})["sequences"])
     if total == 0:
         return None
-    rows = aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len)
+    rows = aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len, cp)
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     for number, row in enumerate(rows):
-        loss, metrics = _row_loss(engine, row, rl, reference, total, attention)
+        loss, metrics = _row_loss(engine, row, rl, reference, total, attention, cp)
         engine.backward(loss, last=number == len(rows) - 1)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -82,31 +88,48 @@ def loss_settings(rl: RLConfig) -> LossSettings:
     return LossSettings(rl.clip_low, rl.clip_high, rl.beta, rl.off_policy_delta)
 
 
-def model_inputs(row: TrainingRow, rl: RLConfig) -> dict[str, Any]:
-    """What the forward is asked for on this rank's device: the row, and what is repeated of the sampler."""
+def model_inputs(row: TrainingRow, rl: RLConfig, cp: ContextParallel) -> dict[str, Any]:
+    """What the forward is asked for on this rank: its share of the row, and what is repeated of the sampler."""
     device = distributed.device()
-    found: dict[str, Any] = {name: field.to(device) for name, field in row.inputs().items()}
-    kept = row.kept.to(device) if row.kept is not None and rl.keep_sampling_mask else None
-    experts, selected = (None if part is None else part.to(device) for part in (row.experts, row.selected))
+    whole = {name: field.to(device) for name, field in row.inputs().items()}
+    found, place = cp.share(whole)
+    kept = row.kept if rl.keep_sampling_mask else None
+    experts, selected = row.experts, row.selected
+    if place.q_pos is not None:
+        mine = place.q_pos.cpu()
+        kept = None if kept is None else kept.rows(mine)
+        experts, selected = (None if part is None else part[:, mine] for part in (experts, selected))
+    experts, selected = (None if part is None else part.to(device) for part in (experts, selected))
     replay = Replay(experts, selected, rl.keep_routing, rl.keep_selection)
-    return found | {"replay": replay, "temperature": rl.temperature, "kept": kept}
+    kept = None if kept is None else kept.to(device)
+    return {**found, "context": place, "replay": replay, "temperature": rl.temperature, "kept": kept}
 
 
 def _row_loss(
-    engine: Engine, row: TrainingRow, rl: RLConfig, reference: Reference | None, total: int, attention: str
+    engine: Engine,
+    row: TrainingRow,
+    rl: RLConfig,
+    reference: Reference | None,
+    total: int,
+    attention: str,
+    cp: ContextParallel,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    device, inputs = distributed.device(), model_inputs(row, rl)
+    """This rank's part. Of a shared row every rank has all log-probs and takes the whole loss, of which the cp-th part
+    counts: sums over a sequence then need no thought of slices, and `gather` adds the gradients up."""
+    device, inputs = distributed.device(), model_inputs(row, rl, cp)
+    gather = inputs["context"].gather
     out = engine.forward(**inputs, attention=attention, mtp=False)
     assert out.token_logprobs is not None
     tokens = PolicyTokens(
-        logprobs=out.token_logprobs,
+        logprobs=gather(out.token_logprobs),
         behaviour=row.behaviour.to(device),
         advantages=row.advantages.to(device),
         sequence=row.sequence.to(device),
         num_sequences=row.num_sequences,
-        reference=None if reference is None else reference.logprobs(inputs, attention),
+        reference=None if reference is None else gather(reference.logprobs(inputs, attention)),
     )
     loss, metrics = grpo_loss(tokens, loss_settings(rl), total)
+    loss, metrics = loss / cp.size, {name: value / cp.size for name, value in metrics.items()}
     for name, counts in out.replay.items():
         metrics[f"{name}/same"], metrics[f"{name}/counted"] = counts.sum(0).unbind()
     return loss, metrics

@@ -45,7 +45,6 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("model.mtp=dorp", "model.mtp=dorp is not known: did you mean drop?"),
         ("optim.schedule=cosin", "optim.schedule=cosin is not known: did you mean cosine?"),
         ("precision.name=fp16", "precision.name=fp16 is not known: did you mean bf16?"),
-        ("parallel.zero=3", "parallel.zero=3 is not supported yet in stage grpo: use parallel.zero=2"),
         ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1, 2 or 3"),
         ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto, kernels=triton or kernels=torch"),
@@ -185,9 +184,18 @@ def test_sequence_divides_by_twice_the_context_ranks() -> None:
 @pytest.mark.parametrize("axis", ["ep", "cp"])
 def test_parallel_axes_divide_the_world(axis: str) -> None:
     assert any("does not divide the world of 3" in message for message in found(f"parallel.{axis}=2", world_size=3))
-    (message,) = found(f"parallel.{axis}=2", world_size=4)  # grpo
-    assert message == f"parallel.{axis}=2 is not supported yet in stage grpo: use parallel.{axis}=1"
+    assert found(f"parallel.{axis}=2", world_size=4) == []  # grpo
     assert found(f"parallel.{axis}=2", stage="sparse_adapt", world_size=4) == []
+
+
+def test_experts_are_not_shared_out_in_evaluate() -> None:
+    wanted = "parallel.ep=2 is not supported yet in stage evaluate: use parallel.ep=1"
+    assert found("parallel.ep=2", stage="evaluate", world_size=2) == [wanted]
+
+
+def test_rows_of_rl_divide_by_twice_the_context_ranks() -> None:
+    messages = found("parallel.cp=2", "rl.pack_len=1002", world_size=2)
+    assert messages == ["rl.pack_len=1002 does not divide by 2*parallel.cp=4: give rl.pack_len=1004"]
 
 
 def test_experts_are_shared_out_under_zero_alone() -> None:

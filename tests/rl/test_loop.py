@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import rl.evaluate
 import rl.groups
 import rl.loop
-from conf.schema import PrecisionConfig, RLConfig, RunConfig
+from conf.schema import ParallelConfig, PrecisionConfig, RLConfig, RunConfig
 from data.tokenizer import load_tokenizer
 from model import save_pretrained
 from tests.distributed.helper import run_ranks
@@ -126,14 +126,41 @@ def test_the_indexer_the_router_bias_and_mtp_stay_and_the_rest_learns(base: str,
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"} <= moved
 
 
-def test_one_rank_and_two_take_the_same_first_iteration(base: str, tmp_path: Path):
-    alone, shared = (config(tmp_path / name, base, steps=1) for name in ("alone", "shared"))
-    assert go(alone) == ["finished"] and go(shared, 2) == ["finished"] * 2
-    one, two = rows(tmp_path / "alone")[0], rows(tmp_path / "shared")[0]
-    assert one["reward/zero_spread_frac"] < 1 and one["mismatch/k3"] < 1e-9
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+LAYOUTS = {
+    "2": (2, {"zero": 1}),
+    "2-zero3": (2, {"zero": 3, "persist_below": 0}),
+    "2-cp2": (2, {"zero": 2, "cp": 2}),
+    "2-ep2": (2, {"zero": 1, "ep": 2}),
+    "4-zero3-ep2-cp2": (4, {"zero": 3, "ep": 2, "cp": 2, "persist_below": 0}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two iterations of one rank: two mini-batches, a reference, the sampler's words and selections repeated."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl.groups, "total_reward", lambda parts, rl: 1.0 - parts["length"])
+        assert go(config(folder, base, rl=EVERYTHING, steps=2)) == ["finished"]
+    return rows(folder)
+
+
+EVERYTHING = replace(RL, mini_batches=2, beta=0.1, reference_refresh=1, top_p=0.95, keep_selection=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_takes_the_iterations_of_one_rank(layout: str, alone: list, base: str, tmp_path: Path):
+    """The same samples, rewards and losses: rollouts run on a copy where the trainer's weights are cut, and ranks that
+    share a sequence roll out prompts of their own."""
+    world, fields = LAYOUTS[layout]
+    run = config(tmp_path / "run", base, rl=EVERYTHING, steps=2, parallel=ParallelConfig(**fields))
+    assert go(run, world) == ["finished"] * world
+    assert alone[0]["reward/zero_spread_frac"] < 1 and alone[0]["mismatch/k3"] < 1e-9
+    assert alone[1]["policy/kl_ref"] > 0
+    for one, other in zip(alone, rows(tmp_path / "run"), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
 
 
 def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conf.schema import OptimConfig, ParallelConfig, RLConfig
 from model import Transformer
+from model.context import Context
 from rl.groups import Experience
 from rl.messages import RolloutRequest, Sample
 from rl.packing import empty_row, pack_samples
@@ -21,9 +22,22 @@ from tests.train import tiny
 from train import distributed
 from train.engine import Engine
 from train.optim import SkippableAdamW, parameter_groups
+from train.parallel.cp import ContextParallel
 
 PROMPTS, GROUP, NEW = 4, 3, 14
 RL = RLConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=NEW)
+
+
+class _Alone:
+    """Context parallelism of one rank, for tests without a process group."""
+
+    size = 1
+
+    def share(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Context]:
+        return batch, Context.whole(batch["doc_start"])
+
+
+ALONE: ContextParallel = _Alone()  # type: ignore[assignment]
 
 
 class Numbers:
@@ -88,7 +102,7 @@ def log_probs(net: Transformer, samples: list[Sample], rl: RLConfig) -> tuple[Te
     """(trainer's, sampler's) of every token drawn, and how much of the record the trainer would have chosen, [2]."""
     mine, theirs, counts = [], [], {}
     for row in pack_samples(samples, [0.0] * len(samples), 64):
-        out, drawn = net(**model_inputs(row, rl), attention="sparse"), row.sequence >= 0
+        out, drawn = net(**model_inputs(row, rl, ALONE), attention="sparse"), row.sequence >= 0
         mine.append(out.token_logprobs[drawn].detach())
         theirs.append(row.behaviour[drawn])
         for name, value in out.replay.items():
@@ -143,7 +157,7 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
     assert numbers == sorted(numbers) and set(numbers) == set(range(mini_batches))
 
 
-def _gradient(zero: int, deal: list[list[int]], length: int) -> tuple[np.ndarray, dict[str, float]]:
+def _gradient(parallel: ParallelConfig, deal: list[list[int]], length: int) -> tuple[np.ndarray, dict[str, float]]:
     """All gradients of one mini-batch as the optimiser's step sees them (SGD at rate 1), with this rank's prompts."""
     net = tiny.build()
     net.mtp.requires_grad_(False)
@@ -156,10 +170,10 @@ def _gradient(zero: int, deal: list[list[int]], length: int) -> tuple[np.ndarray
     trained = [p for p in net.parameters() if p.requires_grad]
     before = torch.cat([p.detach().flatten().clone() for p in trained])
     optimizer = torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
-    engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), ParallelConfig(zero=zero))
+    engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), parallel)
     members = range(len(found.trained))
     rl = replace(RL, clip_low=0.2, clip_high=0.3, pack_len=length)
-    update = run_mini_batch(engine, found, members, rl, None, "sparse")
+    update = run_mini_batch(engine, found, members, rl, None, "sparse", ContextParallel(parallel.cp))
     assert update is not None
     engine.step({"trunk": 1.0, "indexer": 1.0})
     after = torch.cat([p.detach().flatten() for p in trained])
@@ -171,18 +185,19 @@ def test_the_gradient_depends_on_neither_rows_nor_ranks():
 
     ZeRO-2 reduces in every backward pass, so ranks out of step would wait for one another for ever.
     """
-    ((whole, metrics),) = run_ranks(_gradient, 1, 0, [[0, 1, 2, 3]], 256)
+    ((whole, metrics),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256)
     assert metrics["sequences"] == PROMPTS * GROUP and abs(whole).max() > 1e-3
     for deal in ([[3], [0, 2, 1]], [[0, 1, 2, 3], []]):
-        for gradient, found in run_ranks(_gradient, 2, 2, deal, 32):
-            np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
-            assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+        for parallel in (ParallelConfig(zero=2), ParallelConfig(zero=2, cp=2)):
+            for gradient, found in run_ranks(_gradient, 2, parallel, deal, 32):
+                np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
+                assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)
 
 
 def _nothing_to_train() -> bool:
     net = tiny.build()
     engine = Engine(net, SkippableAdamW(parameter_groups(net, 0.0)), OptimConfig(lr=1.0), ParallelConfig(zero=1))
-    return run_mini_batch(engine, Experience([]), [], RL, None, "sparse") is None
+    return run_mini_batch(engine, Experience([]), [], RL, None, "sparse", ContextParallel(1)) is None
 
 
 def test_a_mini_batch_without_any_group_is_passed_over():

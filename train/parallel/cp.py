@@ -11,12 +11,16 @@ exactly as the gradient of a step is the sum of what its sequences give.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.context import Context, documents
 from train import distributed
+
+T = TypeVar("T")
 
 
 class ContextParallel:
@@ -34,6 +38,13 @@ class ContextParallel:
                 group = dist.new_group(list(range(first, first + size)))
                 if first <= rank < first + size:
                     self.group = group
+
+    def gather_objects(self, value: T) -> list[T]:
+        """`value` of every rank of this replica, by rank; plain objects and tensors on the CPU."""
+        found: list[T] = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def share(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Context]:
         """Fields [T] of one packed sequence -> this rank's rows of them [T / size], and what the model asks about them.
