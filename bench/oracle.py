@@ -76,7 +76,7 @@ def theirs(folder: Path, length: int) -> dict[str, Any]:
     return _measure(step, length)
 
 
-class _StableTopk(TorchFunctionMode):
+class StableTopk(TorchFunctionMode):
     """Ranks with ties to the lowest index, as we do; torch.topk leaves them open."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -92,7 +92,7 @@ def theirs_with_our_ties(folder: Path, length: int) -> dict[str, Any]:
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = _tokens(length)
     ids = tokens[None, :-1]
-    with torch.no_grad(), _StableTopk():
+    with torch.no_grad(), StableTopk():
         loss = net(input_ids=ids, labels=ids, shift_labels=tokens[None, 1:], use_cache=False).loss
     return {"loss": loss.item()}
 
