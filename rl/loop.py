@@ -49,7 +49,8 @@ def run(context: RunContext) -> None:
     net = context.build_net()
     freeze(net, context)
     autocast = autocast_dtype(config.precision.name)
-    engine = Engine(net, build_optimizer(net, config.optim), config.optim, config.parallel, config.precision.name)
+    optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
+    engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     cut = config.parallel.zero == 3 or config.parallel.ep > 1
     copy = RolloutCopy(config.model, context.ops, context.device) if cut else None
     whole = net if copy is None else copy.net  # the policy as one rank can run it by itself

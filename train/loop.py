@@ -76,7 +76,7 @@ def train(context: RunContext) -> None:
     stream = open_stream(context)
     net = context.build_net()
     select_trainable(net, stage)
-    optimizer = build_optimizer(net, config.optim)
+    optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
     engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     state = context.restore(engine)
     if "data" in state.extra:
