@@ -122,7 +122,9 @@ class ParallelConfig:
     ep: int = 1
     cp: int = 1
     persist_below: int = 100_000  # ZeRO-3: parameters with fewer values stay whole on every rank
-    offload: str = "none"
+    offload: str = "none"  # none | cpu | nvme: where the optimiser's weights and moments are kept between its steps
+    offload_parameters: bool = False  # ZeRO-3: keep what no layer is using in CPU memory too
+    nvme_path: str | None = None  # of offload=nvme: a folder on a local disk
 
 
 @dataclass(frozen=True)

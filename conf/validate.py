@@ -73,7 +73,6 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
 }
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
-    "parallel.offload": (lambda value: value in ("cpu", "nvme"), "parallel.offload=none"),
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
     "rl.tools": (lambda value: value is True, "rl.tools=false"),
     "model.tie_word_embeddings": (lambda value: value is True, "model.tie_word_embeddings=false"),
@@ -131,7 +130,8 @@ def zero_stage(config: RunConfig, world_size: int) -> Iterator[str]:
 def named_paths(config: RunConfig, world_size: int) -> Iterator[str]:
     if not config.output_dir.strip():
         yield "output_dir is empty: give output_dir=runs/NAME"
-    for key, value in (("init_from", config.init_from), ("data.path", config.data.path), ("rl.path", config.rl.path)):
+    paths = {"init_from": config.init_from, "data.path": config.data.path, "rl.path": config.rl.path}
+    for key, value in (paths | {"parallel.nvme_path": config.parallel.nvme_path}).items():
         if value is not None and not value.strip():
             yield f"{key} is empty: give a path or leave it out"
 
@@ -227,6 +227,27 @@ def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"parallel.ep={parallel.ep} is not supported yet in stage {stage}: use parallel.ep=1"
 
 
+def offload(config: RunConfig, world_size: int) -> Iterator[str]:
+    zero, place, path = config.parallel.zero, config.parallel.offload, config.parallel.nvme_path
+    if config.stage == "evaluate" and place != "none":
+        yield f"parallel.offload={place} has nothing to move in stage evaluate, which trains nothing: use none"
+    if place == "cpu" and zero == 0:
+        yield "parallel.offload=cpu needs ZeRO, which keeps the optimiser's state apart: use parallel.zero=1, 2 or 3"
+    if place == "nvme" and zero < 3:
+        yield f"parallel.offload=nvme stays in CPU memory under parallel.zero={zero}: use parallel.zero=3"
+    if place == "nvme" and path is None:
+        yield "parallel.offload=nvme has nowhere to write: give parallel.nvme_path=FOLDER, on a disk of each machine"
+    if place != "nvme" and path is not None:
+        yield f"parallel.nvme_path={path} is not used by parallel.offload={place}: add parallel.offload=nvme"
+    if config.parallel.offload_parameters and zero < 3:
+        yield f"parallel.offload_parameters=true cannot move what parallel.zero={zero} keeps whole: use parallel.zero=3"
+    if config.parallel.offload_parameters and place == "none":
+        yield (
+            "parallel.offload_parameters=true saves nothing under parallel.offload=none, whose optimiser holds the same"
+            " weights: use parallel.offload=cpu"
+        )
+
+
 def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.stage == "evaluate" and config.data.heldout == 0:
         yield "data.heldout=0 leaves evaluate nothing to measure on: give the share that training left out"
@@ -285,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     layers_fit,
     world_divides,
     stage_layout,
+    offload,
     heldout_to_measure,
     rl_batch,
 )

@@ -13,7 +13,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -71,6 +73,34 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def no_nvme(folder: Path) -> str | None:
+    """Why DeepSpeed cannot keep tensors in files of `folder`, which is made; None if it can.
+
+    The first call on a machine compiles DeepSpeed's op, for minutes. The op reports success for transfers that moved
+    nothing (sizes and addresses that are no multiple of the disk's block), so one is tried.
+    """
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    values = (1 << 18) + 256  # 1 MiB and 1 KiB: its files are of 1 MiB or more, in steps of 1 KiB
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _without_stderr(), TemporaryDirectory(dir=folder) as own:  # the compiler's words, and the op's
+            if not AsyncIOBuilder().is_compatible():
+                return "DeepSpeed's async_io op needs a C++ compiler and libaio's headers (apt install libaio-dev)"
+            handle, path = AsyncIOBuilder().load(verbose=False).aio_handle(), Path(own) / "tried"
+            sent, found = (handle.new_cpu_locked_tensor(values, torch.empty(0)).zero_() for _ in range(2))
+            sent.copy_(torch.arange(values))
+            moved = handle.async_pwrite(sent, str(path), 0) == 0 and handle.wait() == 1
+            moved = moved and path.stat().st_size == sent.nbytes  # it ends the process that reads beyond the end
+            moved = moved and handle.async_pread(found, str(path), 0) == 0 and handle.wait() == 1
+            return None if moved and torch.equal(sent, found) else f"{folder} does not give back what is written to it"
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+    except RuntimeError as error:
+        return f"DeepSpeed's async_io op cannot be built ({str(error).splitlines()[0]})"
+
+
 class _Visible(nn.Module):
     """The model with its outputs in a dict: DeepSpeed hooks the output tensors, and a dataclass hides them from it."""
 
@@ -98,9 +128,13 @@ class Engine:
         deepspeed = import_deepspeed()
         self.net, self.optimizer, self.zero = net, optimizer, parallel.zero
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self._swap: TemporaryDirectory[str] | None = None
+        if parallel.offload == "nvme":  # of this rank alone: other runs may use the same disk
+            self._swap = TemporaryDirectory(prefix=f"winnow_rank_{distributed.rank()}_", dir=parallel.nvme_path)
+            parallel = replace(parallel, nvme_path=self._swap.name)
         config = ds_config(optim, parallel, sum(full_shape(p).numel() for p in trainable), distributed.world_size())
         root = _Visible(net, autocast_dtype(precision))
-        self._trainable, self._deepspeed, self._loading = trainable, deepspeed, False
+        self._trainable, self._deepspeed = trainable, deepspeed
         self._parameters = {name for name, _ in net.named_parameters()}
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
         self._ep_rank = distributed.rank() % parallel.ep
@@ -153,26 +187,30 @@ class Engine:
 
     # What a checkpoint and an export need: the whole of what ZeRO and expert parallelism have cut
 
-    def stretches(self) -> Iterator[Stretch]:
-        """What this rank holds the fp32 weights and the optimiser's state of."""
+    def stretches(self, load: bool = False) -> Iterator[Stretch]:
+        """What this rank holds the fp32 weights and the optimiser's state of; with `load` what must be written.
+
+        A flat tensor on NVMe is in memory until the next one's stretches begin.
+        """
         names = {id(p): name for name, p in self.net.named_parameters()}
-        for p, start, flat, offset, length in self._held():
+        for p, start, flat, offset, length in self._held(load):
             if length > 0:
                 first = self._ep_rank * full_shape(p).numel() if hasattr(p, "group_name") else 0
                 yield Stretch(names[id(p)], first + start, length, flat, offset)
 
-    def _held(self) -> Iterator[tuple[Any, int, Tensor, int, int]]:
+    def _held(self, load: bool) -> Iterator[tuple[Any, int, Tensor, int, int]]:
         """(parameter, start within it, the optimiser's flat tensor, offset there, length)."""
         optimizer = self._engine.optimizer
         if self.zero == 0:
-            for p in self._trainable if distributed.rank() == 0 or self._loading else []:
+            for p in self._trainable if distributed.rank() == 0 or load else []:
                 yield p, 0, p, 0, p.numel()
         elif self.zero == 3:
-            for p in self._trainable:
-                group, offset, length = optimizer.grad_position[optimizer.get_param_id(p)]
-                start = optimizer._get_param_partition_rank(p) * p.partition_numel()
-                flat = optimizer.fp32_partitioned_groups_flat[group]
-                yield p, start, flat, offset, min(length, p.ds_numel - start)
+            for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                with self._in_memory(group, load):
+                    for p in optimizer.fp16_groups[group]:
+                        _, offset, length = optimizer.grad_position[optimizer.get_param_id(p)]
+                        start = optimizer._get_param_partition_rank(p) * p.partition_numel()
+                        yield p, start, flat, offset, min(length, p.ds_numel - start)
         else:
             flats = optimizer.single_partition_of_fp32_groups
             for flat, group in zip(flats, optimizer.bit16_groups, strict=True):
@@ -181,6 +219,22 @@ class Engine:
                     if held is not None:
                         here, there = held.lp_fragment_address, held.hp_fragment_address
                         yield p, here.start, flat, there.start, here.numel
+
+    @contextmanager
+    def _in_memory(self, group: int, changed: bool) -> Iterator[None]:
+        """ZeRO-3's flat tensor `group` and its state, read from NVMe where they lie there; `changed` ones go back and
+        into the model's parameters."""
+        optimizer = self._engine.optimizer
+        swapped = optimizer._swappable_optimizer_subgroup(group)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if changed:
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if swapped and changed:
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+        elif swapped:
+            optimizer._release_swap_buffers(group)
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
@@ -204,10 +258,7 @@ class Engine:
     @torch.no_grad()
     def load(self, reader: Reader, steps_taken: int) -> None:
         """What the ranks of any layout wrote from `state`. All ranks call it."""
-        self._loading = True
-        parts = list(self.stretches())
-        self._loading = False
-        for part in parts:
+        for part in self.stretches(load=True):
             if steps_taken and "step" not in self.optimizer.state[part.flat]:
                 zeros = {kind: torch.zeros_like(part.flat, requires_grad=False) for kind in STATES}
                 self.optimizer.state[part.flat] = {"step": torch.tensor(float(steps_taken)), **zeros}
@@ -221,8 +272,6 @@ class Engine:
         if self.zero in (1, 2):
             optimizer.update_lp_params()
         elif self.zero == 3:
-            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
             small = optimizer.persistent_parameters
             if small:
                 small[0].partition(small)
@@ -255,3 +304,5 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+        if self._swap is not None:
+            self._swap.cleanup()

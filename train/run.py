@@ -35,7 +35,7 @@ from train.parallel.ep import ExpertParallel
 from train.parallel.zero3 import Zero3
 from train.progress import Progress
 from train.stages import STAGES
-from train.start import differences, op_settings, resolve, weights_folder
+from train.start import check_offload, differences, op_settings, resolve, weights_folder
 from train.tracker import Tracker, make_tracker
 
 MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
@@ -70,6 +70,7 @@ class RunContext:
         self.is_main = distributed.rank() == 0
         self.device = distributed.device()
         self.ops = op_settings(config, self.device)
+        check_offload(config.parallel)
         self.cp, self.ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)

@@ -16,9 +16,10 @@ import torch
 
 from conf.convert import redacted, to_dict
 from conf.errors import UserError
-from conf.schema import ModelConfig, RunConfig
+from conf.schema import ModelConfig, ParallelConfig, RunConfig
 from conf.validate import flatten
 from model.ops.settings import OpSettings
+from train import distributed
 from train.precision import fp8_backend
 from train.stages import STAGES, Stage, resolve_rates
 
@@ -65,6 +66,18 @@ def op_settings(config: RunConfig, device: torch.device) -> OpSettings:
     workspace = ops.workspace_mib or WORKSPACE_MIB[device.type]
     fp8_linear = fp8_backend(config.precision.name, device)
     return OpSettings(backend, workspace << 20, ops.deterministic, ops.fp8_index, fp8_linear)
+
+
+def check_offload(parallel: ParallelConfig) -> None:
+    """UserError on all ranks where one of them cannot write to parallel.nvme_path as DeepSpeed does."""
+    if parallel.offload != "nvme":
+        return
+    from train.engine import no_nvme
+
+    assert parallel.nvme_path is not None, "conf/validate.py comes first"
+    reasons = [reason for reason in distributed.gather_objects(no_nvme(Path(parallel.nvme_path))) if reason]
+    if reasons:
+        raise UserError(f"parallel.offload=nvme cannot run here, {reasons[0]}: mend that or use parallel.offload=cpu")
 
 
 def no_triton(device: torch.device) -> str | None:

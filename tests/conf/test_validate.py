@@ -46,7 +46,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("optim.schedule=cosin", "optim.schedule=cosin is not known: did you mean cosine?"),
         ("precision.name=fp16", "precision.name=fp16 is not known: did you mean bf16?"),
         ("parallel.zero=4", "parallel.zero=4 is no ZeRO stage: use 0, 1, 2 or 3"),
-        ("parallel.offload=cpu", "parallel.offload=cpu is not supported yet: use parallel.offload=none"),
+        ("parallel.offload=gpu", "parallel.offload=gpu is not known: did you mean cpu?"),
         ("kernels=cudnn", "kernels=cudnn is not supported yet: use kernels=auto, kernels=triton or kernels=torch"),
         (
             "ops.fp8_index=true model.index_head_dim=48",
@@ -142,13 +142,52 @@ def test_the_border_is_allowed(argv: str) -> None:
     assert found(*argv.split()) == []
 
 
+OFFLOAD = {  # what is set in sparse_adapt -> what is said to it
+    "parallel.offload=cpu": [],
+    "parallel.offload=cpu parallel.zero=2 parallel.ep=2 parallel.cp=2": [],
+    "parallel.offload=cpu parallel.zero=3 parallel.offload_parameters=true": [],
+    "parallel.offload=nvme parallel.zero=3 parallel.nvme_path=/x parallel.offload_parameters=true": [],
+    "parallel.offload=cpu parallel.zero=0": [
+        "parallel.offload=cpu needs ZeRO, which keeps the optimiser's state apart: use parallel.zero=1, 2 or 3"
+    ],
+    "parallel.offload=nvme parallel.zero=2": [
+        "parallel.offload=nvme stays in CPU memory under parallel.zero=2: use parallel.zero=3",
+        "parallel.offload=nvme has nowhere to write: give parallel.nvme_path=FOLDER, on a disk of each machine",
+    ],
+    "parallel.offload=nvme parallel.zero=3 parallel.nvme_path=''": [
+        "parallel.nvme_path is empty: give a path or leave it out"
+    ],
+    "parallel.offload=cpu parallel.nvme_path=/x": [
+        "parallel.nvme_path=/x is not used by parallel.offload=cpu: add parallel.offload=nvme"
+    ],
+    "parallel.offload=cpu parallel.offload_parameters=true": [
+        "parallel.offload_parameters=true cannot move what parallel.zero=1 keeps whole: use parallel.zero=3"
+    ],
+    "parallel.zero=3 parallel.offload_parameters=true": [
+        "parallel.offload_parameters=true saves nothing under parallel.offload=none, whose optimiser holds the same"
+        " weights: use parallel.offload=cpu"
+    ],
+}
+
+
+@pytest.mark.parametrize("argv", OFFLOAD)
+def test_offload_that_cannot_work_is_refused(argv: str) -> None:
+    assert found(*argv.split(), stage="sparse_adapt", world_size=4) == OFFLOAD[argv]
+
+
+def test_offload_moves_nothing_where_nothing_trains() -> None:
+    message = "parallel.offload=cpu has nothing to move in stage evaluate, which trains nothing: use none"
+    assert found("parallel.offload=cpu", stage="evaluate") == [message]
+    assert found("parallel.offload=cpu", "parallel.zero=2", stage="grpo") == []
+
+
 def test_all_violations_are_reported_at_once_a_line_each() -> None:
-    argv = "train.steps=0 parallel.offload=cpu model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
+    argv = "train.steps=0 rl.tools=true model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
     messages = found(*argv)
     assert [message.split("=")[0] for message in messages] == [
         "kernels",
         "train.steps",
-        "parallel.offload",
+        "rl.tools",
         "data.source",
         "model.n_routed_experts",
         "rl.group_size",

@@ -76,10 +76,10 @@ def optim_config(kind: str) -> OptimConfig:
     return OptimConfig(lr=1.0, eps=1e-4, clip=0.0 if kind == "sgd" else 0.05)
 
 
-def make_optimizer(net: torch.nn.Module, kind: str) -> torch.optim.Optimizer:
+def make_optimizer(net: torch.nn.Module, kind: str, fused: bool = False) -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
-    return build_optimizer(net, optim_config(kind))
+    return build_optimizer(net, optim_config(kind), fused)
 
 
 def reference(stage_name: str, kind: str) -> Found:
@@ -116,6 +116,14 @@ def reference(stage_name: str, kind: str) -> Found:
     return found
 
 
+def offloads(engine: Engine) -> tuple[bool, bool]:
+    """Whether DeepSpeed moves the optimiser and the parameters: on a CPU nothing else would show it."""
+    inner = engine._engine.optimizer
+    if engine.zero == 0:
+        return False, False
+    return (inner.offload_optimizer, inner.offload_param) if engine.zero == 3 else (inner.cpu_offload, False)
+
+
 def train(stage_name: str, kind: str, parallel: ParallelConfig, precision: str = "fp32") -> Found:
     from deepspeed.utils import safe_get_full_grad
 
@@ -124,7 +132,9 @@ def train(stage_name: str, kind: str, parallel: ParallelConfig, precision: str =
     ep.cut(net)
     select_trainable(net, stage)
     net.use(OpSettings(fp8_linear=fp8_backend(precision, torch.device("cpu"))))
-    engine = Engine(net, make_optimizer(net, kind), optim_config(kind), parallel, precision)
+    optimizer = make_optimizer(net, kind, fused=parallel.offload != "none")
+    engine = Engine(net, optimizer, optim_config(kind), parallel, precision)
+    assert offloads(engine) == (parallel.offload != "none", parallel.offload_parameters)
     local = SEQUENCES // cp.replicas
     with Watch(found) as watch:
         for step in range(STEPS):
@@ -181,23 +191,42 @@ LAYOUTS = [  # world, (zero, ep, cp)
     # all of zero x ep x cp; ZeRO 0 with experts shared out is refused, see conf/validate.py
     *((4, (zero, ep, cp)) for zero in (0, 1, 2, 3) for ep in (1, 2) for cp in (1, 2) if zero or ep == 1),
 ]
+CELLS = [(world, ParallelConfig(*layout, persist_below=0)) for world, layout in LAYOUTS]
+OFFLOADED = [  # world, (zero, ep, cp), parameters too
+    *((2, (zero, 1, 1), False) for zero in (1, 2, 3)),
+    *((2, (2, 2, 2), False), (2, (3, 1, 1), True), (4, (3, 2, 2), True)),
+]
+OFFLOAD_CELLS = [
+    (world, ParallelConfig(*layout, persist_below=0, offload="cpu", offload_parameters=parameters))
+    for world, layout, parameters in OFFLOADED
+]
 
 
-def label(layout: tuple[int, tuple[int, int, int]]) -> str:
-    world, (zero, ep, cp) = layout
-    return f"{world}ranks-zero{zero}-ep{ep}-cp{cp}"
+def label(cell: tuple[int, ParallelConfig]) -> str:
+    world, parallel = cell
+    offload = f"-{parallel.offload}" if parallel.offload != "none" else ""
+    parameters = "-parameters" if parallel.offload_parameters else ""
+    return f"{world}ranks-zero{parallel.zero}-ep{parallel.ep}-cp{parallel.cp}{offload}{parameters}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=label)
+@pytest.mark.parametrize("cell", CELLS, ids=label)
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_layout_takes_the_steps_of_one_plain_process(
-    stage: str, kind: str, layout: tuple[int, tuple[int, int, int]], wanted: dict[tuple[str, str], Found]
+    stage: str, kind: str, cell: tuple[int, ParallelConfig], wanted: dict[tuple[str, str], Found]
 ) -> None:
-    world, (zero, ep, cp) = layout
-    parallel = ParallelConfig(zero, ep, cp, persist_below=0)
+    world, parallel = cell
     for rank, found in enumerate(run_ranks(train, world, stage, kind, parallel)):
         assert_equal(found, wanted[stage, kind], parallel, rank)
+
+
+@pytest.mark.parametrize("cell", OFFLOAD_CELLS, ids=label)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", ["dense_warmup", "sparse_adapt"])
+def test_offload_takes_the_steps_of_one_plain_process(
+    stage: str, kind: str, cell: tuple[int, ParallelConfig], wanted: dict[tuple[str, str], Found]
+) -> None:
+    test_layout_takes_the_steps_of_one_plain_process(stage, kind, cell, wanted)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -188,7 +188,7 @@ def test_the_gradient_depends_on_neither_rows_nor_ranks():
     ((whole, metrics),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256)
     assert metrics["sequences"] == PROMPTS * GROUP and abs(whole).max() > 1e-3
     for deal in ([[3], [0, 2, 1]], [[0, 1, 2, 3], []]):
-        for parallel in (ParallelConfig(zero=2), ParallelConfig(zero=2, cp=2)):
+        for parallel in (ParallelConfig(zero=2), ParallelConfig(zero=2, cp=2), ParallelConfig(zero=2, offload="cpu")):
             for gradient, found in run_ranks(_gradient, 2, parallel, deal, 32):
                 np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
                 assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)

@@ -71,11 +71,11 @@ def test_rates_are_the_declarations_by_width_and_the_users_word_counts() -> None
         resolve_rates(STAGES["dense_warmup"], OptimConfig(indexer_lr=0.1), 128)
 
 
-def skipping(zero: int, skipped: int | None) -> tuple[list[torch.Tensor], list[float]]:
+def skipping(parallel: ParallelConfig, skipped: int | None) -> tuple[list[torch.Tensor], list[float]]:
     """Three steps of AdamW, one of them broken and left out -> (weights after each, gradient norms)."""
     net = tiny.build()
     optim = OptimConfig(lr=1.0, clip=0.5)
-    engine = Engine(net, build_optimizer(net, optim), optim, ParallelConfig(zero=zero))
+    engine = Engine(net, build_optimizer(net, optim), optim, parallel)
     snapshots, norms = [], []
     for step in range(3):
         out = engine.forward(**tiny.batch(0), indexer_loss="selected")
@@ -83,14 +83,19 @@ def skipping(zero: int, skipped: int | None) -> tuple[list[torch.Tensor], list[f
         engine.backward(-(out.token_logprobs.sum() + out.mtp_logprobs.sum() - out.indexer_kl.sum()) * factor, last=True)
         norms.append(engine.grad_norm())
         engine.step({"trunk": 1e-2, "indexer": 1e-2}, skip=step == skipped)
-        snapshots.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        snapshots.append(torch.cat([engine.whole(name).flatten().clone() for name, _ in net.named_parameters()]))
     return snapshots, norms
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+LAYOUTS = {f"zero{zero}": ParallelConfig(zero) for zero in (0, 1, 2, 3)}
+LAYOUTS |= {f"{name}-cpu": replace(layout, offload="cpu") for name, layout in LAYOUTS.items() if layout.zero >= 2}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_a_skipped_step_leaves_weights_moments_and_count_alone(zero: int, skipped: int) -> None:
-    (plain, _), (broken, norms) = run_ranks(skipping, 1, zero, None)[0], run_ranks(skipping, 1, zero, skipped)[0]
+def test_a_skipped_step_leaves_weights_moments_and_count_alone(layout: str, skipped: int) -> None:
+    parallel = LAYOUTS[layout]
+    (plain, _), (broken, norms) = (run_ranks(skipping, 1, parallel, which)[0] for which in (None, skipped))
     assert norms[skipped] == float("inf")
     before = broken[skipped - 1] if skipped else torch.cat([p.detach().flatten() for p in tiny.build().parameters()])
     assert torch.equal(broken[skipped], before)

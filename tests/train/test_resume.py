@@ -149,6 +149,9 @@ LAYOUTS = {  # name -> (processes, ParallelConfig, micro-batches of four sequenc
     "2-zero3-ep2": (2, ParallelConfig(zero=3, ep=2, persist_below=0), 2),
     "2-ep2": (2, ParallelConfig(zero=1, ep=2), 2),
     "2-cp2": (2, ParallelConfig(zero=1, cp=2), 4),
+    "2-zero2-cpu": (2, ParallelConfig(zero=2, offload="cpu"), 2),
+    "2-zero3-cpu": (2, ParallelConfig(zero=3, persist_below=100, offload="cpu", offload_parameters=True), 2),
+    "2-zero3-ep2-cpu": (2, ParallelConfig(zero=3, ep=2, persist_below=0, offload="cpu"), 2),
     "4-zero2-ep2-cp2": (4, ParallelConfig(zero=2, ep=2, cp=2), 2),
 }
 CHANGES = [
@@ -161,6 +164,7 @@ CHANGES = [
         ("1-zero0", "2-zero3"),
     ),
     *(("2-ep2", "1"), ("2", "2-ep2"), ("2-zero3-ep2", "2-ep2"), ("2", "2-cp2"), ("4-zero2-ep2-cp2", "1-zero0")),
+    *(("2-zero2-cpu", "2"), ("2", "2-zero3-cpu"), ("2-zero3-cpu", "2-zero2-cpu"), ("2-ep2", "2-zero3-ep2-cpu")),
 ]
 
 
