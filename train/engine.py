@@ -81,7 +81,11 @@ def no_nvme(folder: Path) -> str | None:
     """
     import_deepspeed()
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException
+    from torch.utils import cpp_extension
 
+    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+        return "DeepSpeed's async_io op needs the CUDA toolkit to be built beside a GPU, and CUDA_HOME names none"
     values = (1 << 18) + 256  # 1 MiB and 1 KiB: its files are of 1 MiB or more, in steps of 1 KiB
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ def no_nvme(folder: Path) -> str | None:
             return None if moved and torch.equal(sent, found) else f"{folder} does not give back what is written to it"
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror})"
-    except RuntimeError as error:
+    except (RuntimeError, CUDAMismatchException) as error:
         return f"DeepSpeed's async_io op cannot be built ({str(error).splitlines()[0]})"
 
 

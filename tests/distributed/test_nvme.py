@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils.cpp_extension
 
 import train.engine
 from conf.schema import ParallelConfig
@@ -101,6 +103,22 @@ def test_a_run_moves_between_disk_and_memory_or_is_refused(tmp_path: Path, small
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert no_nvme(tmp_path / "file" / "nvme") == f"{tmp_path}/file/nvme cannot be written (Not a directory)"
+
+
+def test_an_op_that_does_not_build_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("Error building extension 'async_io'\nthe compiler's words")
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda _: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", load)
+    assert no_nvme(tmp_path) == "DeepSpeed's async_io op cannot be built (Error building extension 'async_io')"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    assert "CUDA_HOME names none" in str(no_nvme(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_rank_without_the_op_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
