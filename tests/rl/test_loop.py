@@ -132,6 +132,7 @@ LAYOUTS = {
     "2-cp2": (2, {"zero": 2, "cp": 2}),
     "2-ep2": (2, {"zero": 1, "ep": 2}),
     "4-zero3-ep2-cp2": (4, {"zero": 3, "ep": 2, "cp": 2, "persist_below": 0}),
+    "2-zero3-ep2-offload": (2, {"zero": 3, "ep": 2, "persist_below": 0, "offload": "cpu", "offload_parameters": True}),
 }
 
 
