@@ -25,8 +25,8 @@ from rl.reference import Reference
 from rl.rewards import part_names
 from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
-from rl.rollout.rollout_copy import RolloutCopy
 from rl.rollout.native import NativeEngine
+from rl.rollout.rollout_copy import RolloutCopy
 from rl.samples import COLUMNS, SamplesWriter, sample_row
 from rl.summary import add_over_ranks, experience_metrics, experience_sums
 from rl.update import mini_batch_of, run_mini_batch
