@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from train.engine import import_deepspeed
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0  # of a case; a machine with other work needs many times the seconds of an idle one
 
 
 def _entry(function: Callable[..., Any], rank: int, world: int, store: str, results: Any, args: Any) -> None:
