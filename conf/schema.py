@@ -160,7 +160,7 @@ class RLConfig:
     keep_sampling_mask: bool = True  # the trainer's softmax runs over the words that top-p and top-k kept
     keep_routing: bool = True  # the trainer repeats the experts that the sampler chose
     keep_selection: bool = False  # and the positions that its indexer selected; needs record_selection
-    record_selection: bool = True  # 4 x layers x index_topk bytes a token: for mismatch/index_overlap
+    record_selection: bool = False  # for mismatch/index_overlap; 4 x layers x index_topk bytes a token (V3.2: 500 KB)
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)

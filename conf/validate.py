@@ -225,6 +225,8 @@ def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
     # a rank decodes on its own there: it has nobody to meet in a layer
     if parallel.ep > 1 and stage == "evaluate":
         yield f"parallel.ep={parallel.ep} is not supported yet in stage {stage}: use parallel.ep=1"
+    if parallel.zero == 3 and stage == "evaluate":
+        yield "parallel.zero=3 is not supported yet in stage evaluate, where every rank holds the model: use another"
 
 
 def offload(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -323,6 +325,12 @@ def warnings(config: RunConfig) -> list[str]:
     topk, seq_len = config.model.index_topk, config.data.seq_len
     if topk >= seq_len:
         found.append(f"model.index_topk={topk} is not below data.seq_len={seq_len}: sparse attention keeps every token")
+    rl, model = config.rl, config.model
+    if config.stage == "grpo" and rl.record_selection:
+        samples, longest = rl.prompts_per_step * rl.group_size, rl.pack_len
+        size = 4 * model.num_hidden_layers * topk * min(samples, 256) * longest  # of a rank that has them all
+        if size > 1 << 30:
+            found.append(f"rl.record_selection=true may hold {size / 2**30:.0f} GiB: set it to false")
     optim, steps = config.optim, config.train.steps
     if config.stage != "evaluate" and optim.warmup_steps >= steps:
         found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")

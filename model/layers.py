@@ -2,7 +2,8 @@
 
 In FP8 (V3, sec. 3.3.1) run the linears that DeepSeek stores in FP8: MLA's projections, the indexer's wq_b and wk, MLP
 and experts. Embedding, head, norms, router, weights_proj and eh_proj do not. Scales are powers of two as in V3.1 and
-V3.2, so the weight that training multiplies by is the one that an FP8 export stores.
+V3.2, so the weight that training multiplies by is the one that an FP8 export stores (but for blocks with no entry above
+1e-4, whose stored scale has a floor).
 Norm and gate have their own backward, which recomputes what plain autograd would keep.
 """
 

@@ -82,14 +82,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, D] sorted by expert, counts [E] int64: rows of each -> [N, D]."""
-        hidden = swiglu(self._product(x, counts, self.w1), self._product(x, counts, self.w3))
-        return self._product(hidden, counts, self.w2)
-
-    def _product(self, x: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
         backend = self.settings.fp8_linear
-        if backend is not None:
-            return fp8_grouped_linear(x, counts.tolist(), weight, power_of_two=True, backend=backend)
-        return grouped_linear(x, counts, weight)
+        sizes = [] if backend is None else counts.tolist()
+
+        def product(x: Tensor, weight: Tensor) -> Tensor:
+            if backend is not None:
+                return fp8_grouped_linear(x, sizes, weight, power_of_two=True, backend=backend)
+            return grouped_linear(x, counts, weight)
+
+        return product(swiglu(product(x, self.w1), product(x, self.w3)), self.w2)
 
 
 def grouped_linear(x: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
@@ -101,11 +102,11 @@ def grouped_linear(x: Tensor, counts: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype != weight.dtype or not aligned:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype != weight.dtype or not aligned or not len(x):
         # unbind, not indexing: its backward stacks the slices once instead of adding E full-size tensors
         pairs = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
         return torch.cat([F.linear(part, each) for part, each in pairs])
-    out = F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+    out = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
     if out.requires_grad:
         out.register_hook(Tensor.contiguous)  # its backward refuses expanded gradients
     return out

@@ -57,9 +57,11 @@ def run(context: RunContext) -> None:
     reference = None
     if rl.beta > 0:
         if copy is not None:
-            copy.refresh(engine)
+            copy.refresh(engine, 0)  # what the run starts from, also where it goes on
         reference = Reference(whole, context.folder, autocast)
     state = context.restore(engine)
+    if copy is not None:
+        copy.step = None
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
@@ -68,8 +70,8 @@ def run(context: RunContext) -> None:
     with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:
             start = time.monotonic()
-            if copy is not None:
-                copy.refresh(engine)
+            if copy is not None and copy.step != state.step:
+                copy.refresh(engine, state.step)
             experience, row = gather_experience(context, policy, pool, stream, state)
             row |= improve(context, engine, experience, reference, state)
             state.step += 1
@@ -151,13 +153,15 @@ def improve(
             context.guard.count_skip(state.step + 1, reason)
     found = mean_rows(rows)
     if rows:
+        found = {name: value for name, value in found.items() if not name.startswith("mismatch/")}
         found |= {name: value for name, value in rows[0].items() if name.startswith("mismatch/")}
     return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each key; empty where there are no rows."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    """Mean of each key over the rows that have it."""
+    found = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def show(context: RunContext, writer: SamplesWriter | None, experience: Experience, step: int) -> None:
@@ -185,7 +189,7 @@ def finish_iteration(
     assert isinstance(net, Transformer)
     if reference is not None and refresh and state.step % refresh == 0:
         if copy is not None:
-            copy.refresh(engine)
+            copy.refresh(engine, state.step)
         reference.refresh(net if copy is None else copy.net, state.step)
         state.extra["reference_step"] = state.step
     stop = distributed.max_over_ranks(float(context.stop_asked)) > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import Transformer
 from train import distributed
@@ -27,13 +27,15 @@ class Reference:
         it."""
         self.folder, self.step, self.autocast = run / "reference", 0, autocast
         self.net = copy.deepcopy(net).requires_grad_(False)
+        self.net.mtp = nn.ModuleList()  # it has no part in the policy, and rollout copies have none
 
     def restore(self, step: int) -> None:
         """Goes back to the reference of iteration `step`, as a checkpoint names it."""
         if step > 0:
             from safetensors.torch import load_file
 
-            self.net.load_state_dict(load_file(self._file(step)))
+            stored = load_file(self._file(step))
+            self.net.load_state_dict({name: tensor for name, tensor in stored.items() if _of_policy(name)})
         self.step = step
 
     def _file(self, step: int) -> Path:
@@ -51,7 +53,7 @@ class Reference:
 
     def refresh(self, net: Transformer, step: int) -> None:
         """Takes over the policy of `step`; rank 0 keeps it on disk. All ranks call it."""
-        self.net.load_state_dict(net.state_dict())
+        self.net.load_state_dict({name: tensor for name, tensor in net.state_dict().items() if _of_policy(name)})
         self.step = step
         if distributed.rank() == 0:
             from safetensors.torch import save_file
@@ -68,3 +70,7 @@ class Reference:
         for path in self.folder.glob("step_*.safetensors"):
             if path not in keep:
                 path.unlink()
+
+
+def _of_policy(name: str) -> bool:
+    return not name.startswith("mtp.")

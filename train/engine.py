@@ -1,4 +1,6 @@
-"""The one file that knows DeepSpeed: forward, backward, gradient norm, step, and what each rank holds of the state.
+"""DeepSpeed's engine behind ours: forward, backward, gradient norm, step, and what each rank holds of the state.
+
+`train/parallel/ep.py` and `zero3.py` know a part of DeepSpeed each, nothing else does.
 
 DeepSpeed averages gradients over its ranks; the losses here are already parts of a global mean, so `backward` scales by
 the world size and the result is the exact gradient of the sum over ranks and micro-batches. Parameters stay fp32; under
@@ -188,6 +190,7 @@ class Engine:
         else:
             assert not skip, f"{type(self.optimizer).__name__} cannot skip a step"
         self._engine.step()
+        self._last = ("", torch.empty(0))
 
     # What a checkpoint and an export need: the whole of what ZeRO and expert parallelism have cut
 
@@ -270,6 +273,7 @@ class Engine:
             for kind, tensor in kinds.items():
                 value = reader.read(part.name, part.start, part.length, kind)
                 tensor.detach().view(-1).narrow(0, part.offset, part.length).copy_(value)
+        self._last = ("", torch.empty(0))
         for name, buffer in self.net.named_buffers():
             buffer.copy_(reader.tensor(name))
         optimizer = self._engine.optimizer

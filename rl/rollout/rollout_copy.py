@@ -18,16 +18,18 @@ from train.engine import Engine
 
 
 class RolloutCopy:
-    """`net` is the copy; its weights are nothing before the first `refresh`."""
+    """`net` is the copy; its weights are nothing before the first `refresh`. `step`: the iteration it is of."""
 
     def __init__(self, config: ModelConfig, ops: OpSettings, device: torch.device) -> None:
         with torch.device(device):
             self.net = Transformer(replace(config, num_nextn_predict_layers=0)).requires_grad_(False)
         self.net.use(ops)
+        self.step: int | None = None
 
     @torch.no_grad()
-    def refresh(self, engine: Engine) -> None:
+    def refresh(self, engine: Engine, step: int) -> None:
         """Takes over the trainer's weights as they stand; all ranks call it."""
+        self.step = step
         for name, mine in self.net.state_dict().items():
             if ".mlp.experts." in name:
                 for expert, part in enumerate(mine):

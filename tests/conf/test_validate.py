@@ -56,7 +56,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("ops.workspace_mib=0", "ops.workspace_mib=0 is too small: give 1 or more"),
         ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
         (
-            "rl.keep_selection=true rl.record_selection=false",
+            "rl.keep_selection=true",
             "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well",
         ),
         ("rl.top_k=-1", "rl.top_k=-1 is too small: give 0 or more"),
@@ -230,6 +230,8 @@ def test_parallel_axes_divide_the_world(axis: str) -> None:
 def test_experts_are_not_shared_out_in_evaluate() -> None:
     wanted = "parallel.ep=2 is not supported yet in stage evaluate: use parallel.ep=1"
     assert found("parallel.ep=2", stage="evaluate", world_size=2) == [wanted]
+    wanted = "parallel.zero=3 is not supported yet in stage evaluate, where every rank holds the model: use another"
+    assert found("parallel.zero=3", stage="evaluate") == [wanted]
 
 
 def test_rows_of_rl_divide_by_twice_the_context_ranks() -> None:

@@ -30,6 +30,7 @@ from train.stages import STAGES
 STEPS, SEQUENCES, LENGTH = 5, 4, 16
 FIRST, LATER = 1e-5, 2e-5  # relative: step 1 (loss and gradients), steps 2-5 (losses)
 BORDER = 1e-6  # relative gap of the k-th to the next score above which a selection must be the same
+MOST_EXCUSED = 0.05  # of the rows compared; relu of four index heads makes exact ties at zero
 RATES = {"trunk": 3e-2, "indexer": 5e-2}
 STAGE_NAMES = ("pretrain", "dense_warmup", "sparse_adapt")
 
@@ -178,10 +179,15 @@ def assert_equal(found: Found, wanted: Found, parallel: ParallelConfig, rank: in
         assert float((mine - value).norm()) <= FIRST * float(value.norm()), name
     assert found.gradients.keys() <= wanted.gradients.keys()
     rows = zigzag(LENGTH, cp, rank % cp) if cp > 1 else torch.arange(LENGTH)
+    compared = excused = 0
     for sequence, layers in found.selected.items():
         for mine, theirs, gap in zip(layers, wanted.selected[sequence], wanted.gaps[sequence], strict=True):
             other = (mine != theirs[rows]).any(-1) & (gap[rows] > BORDER)
             assert not other.any(), (sequence, rows[other])
+            compared, excused = compared + len(rows), excused + int((gap[rows] <= BORDER).sum())
+    replicas = len(wanted.selected) // max(1, len(found.selected))  # of sparse stages; dense ones select nothing
+    assert len(found.selected) * replicas == len(wanted.selected) and (compared > 0) == bool(wanted.selected)
+    assert excused <= MOST_EXCUSED * compared, f"{excused} of {compared} rows are too close to compare"
 
 
 LAYOUTS = [  # world, (zero, ep, cp)
@@ -241,6 +247,19 @@ def test_fp8_takes_the_same_steps_on_two_ranks(stage: str, zero: int) -> None:
         assert found.losses == pytest.approx(alone.losses, rel=LATER)
         for name, value in alone.gradients.items():
             assert float((found.gradients[name] - value).norm()) <= FIRST * float(value.norm()), name
+
+
+@pytest.mark.parametrize(("name", "bound"), [("ep", 1e-5), ("cp", 0.05)])
+def test_fp8_under_ep_and_cp(name: str, bound: float) -> None:
+    """Experts get the tokens of both ranks in another order, within one tile of 128: nothing changes. Under cp each
+    rank rounds the gradient's tiles of its own rows alone: other roundings of the same sums, a few per cent of them."""
+    (alone,) = run_ranks(train, 1, "sparse_adapt", "sgd", ParallelConfig(0), "fp8")
+    parallel = ParallelConfig(1, **{name: 2}, persist_below=0)
+    for rank, found in enumerate(run_ranks(train, 2, "sparse_adapt", "sgd", parallel, "fp8")):
+        assert found.losses[0] == pytest.approx(alone.losses[0], rel=1e-5)
+        for key, value in alone.gradients.items():
+            value = value.chunk(parallel.ep)[rank % parallel.ep] if ".experts." in key else value
+            assert float((found.gradients[key] - value).norm()) <= bound * float(value.norm()), key
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from train.checkpoint import newest
 from train.run import open_run
 
 Hook = Callable[[int], None]
-RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48)
+RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48, record_selection=True)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,32 @@ def test_every_layout_takes_the_iterations_of_one_rank(layout: str, alone: list,
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (one["step"], name)
+
+
+def test_a_metric_that_some_mini_batches_lack_is_averaged_over_the_rest():
+    found = rl.loop.mean_rows([{"a": 1.0}, {"a": 2.0, "mismatch/index_overlap": 0.5}, {"a": 6.0}])
+    assert found == {"a": 3.0, "mismatch/index_overlap": 0.5}
+    assert rl.loop.mean_rows([]) == {}
+
+
+@pytest.mark.parametrize(("first", "then"), [("2", "2-zero3"), ("2-zero3", "2-cp2"), ("2-ep2", "2")])
+def test_a_run_goes_on_in_another_layout(first: str, then: str, base: str, tmp_path: Path):
+    """On as many ranks, with a reference that was refreshed: whole or cut, it is the same policy."""
+
+    def die(iteration: int) -> None:
+        if iteration == 5:
+            os._exit(9)
+
+    def run(name: str, layout: str) -> RunConfig:
+        return config(tmp_path / name, base, rl=FULL, parallel=ParallelConfig(**LAYOUTS[layout][1]))
+
+    assert go(run("whole", first), 2) == ["finished"] * 2
+    with pytest.raises(AssertionError):
+        go(run("changed", first), 2, die)
+    assert go(run("changed", then), 2) == ["finished"] * 2
+    for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "changed"), strict=True):
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (one["step"], name)
 
 
 def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):
