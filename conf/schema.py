@@ -169,7 +169,11 @@ class RLConfig:
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
     outcome: str = "exact_match"  # exact_match | math_verify: what an answer must be
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
-    length_penalty: float = 0.0  # share of its reward that a right answer loses where it fills max_new_tokens
+    length_penalty: float = 0.0  # strength; linear: share of its reward that a right answer of full length loses
+    length_shape: str = "linear"  # linear | soft_overlong (DAPO) | group_relative (Kimi k1.5), see docs/rewards.md
+    overlong_cache: int = 16  # soft_overlong: last tokens of max_new_tokens, over which the penalty grows
+    language: str = "none"  # latin | han | ... | none: script that the thought should be written in
+    language_weight: float = 0.0  # reward of a thought wholly in it
     tools: bool = False
     reward_timeout_s: float = 10.0
     reward_workers: int = 1

@@ -16,6 +16,10 @@ from conf.schema import STAGES, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
+LANGUAGES = (
+    "none", "latin", "han", "japanese", "hangul", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai",
+)  # fmt: skip
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
     "resume": ("auto", "never"),
@@ -28,6 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracker.name": ("wandb", "none"),
     "rl.profile": ("standard", "speciale"),
     "rl.outcome": ("exact_match", "math_verify"),
+    "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
+    "rl.language": LANGUAGES,
 }
 
 MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
@@ -283,6 +289,19 @@ def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.mini_batches={rl.mini_batches} is more than a process has samples, {samples}: give {samples} or less"
 
 
+def rl_rewards(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if config.stage not in ("grpo", "evaluate"):
+        return
+    if rl.length_shape == "soft_overlong" and rl.overlong_cache > rl.max_new_tokens:
+        yield (
+            f"rl.overlong_cache={rl.overlong_cache} is more than rl.max_new_tokens={rl.max_new_tokens}, whose last"
+            f" tokens it is: give {rl.max_new_tokens} or less"
+        )
+    if rl.language_weight > 0 and rl.language == "none":
+        yield f"rl.language_weight={rl.language_weight:g} rewards no language: give rl.language=latin or another script"
+
+
 def index_fits_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
     width = config.model.index_head_dim
     if config.ops.fp8_index and (width > 128 or width & (width - 1)):
@@ -311,6 +330,7 @@ RULES: tuple[Rule, ...] = (
     offload,
     heldout_to_measure,
     rl_batch,
+    rl_rewards,
 )
 
 

@@ -14,8 +14,9 @@ import torch
 from conf.schema import RLConfig
 from rl.advantage import group_advantages
 from rl.messages import Sample
-from rl.rewards import Attempt, part_names, total_reward
+from rl.rewards import Attempt, total_reward
 from rl.rewards.pool import RewardPool
+from rl.rewards.total import relative_lengths, rule_parts
 
 
 @dataclass
@@ -36,34 +37,45 @@ class Experience:
 
 def grade(samples: Sequence[Sample], pool: RewardPool, rl: RLConfig) -> tuple[list[Sample], list[str]]:
     """-> (the samples with their rewards, the reasons of failed grades). A failed sample keeps reward None."""
-    attempts = [
-        Attempt(
-            prompt=sample.request.prompt,
-            answer=sample.request.answer,
-            text=sample.text,
-            num_tokens=sample.num_sampled,
-            max_tokens=rl.max_new_tokens,
-            finished=sample.finish_reason == "stop",
-        )
-        for sample in samples
-    ]
-    grades = pool.grade(attempts, part_names(rl))
+    grades = pool.grade([attempt_of(sample, rl) for sample in samples], rule_parts(rl))
+    parts = [given.parts for given in grades]
+    for group in _groups(samples):
+        whole = [(i, found) for i in group if (found := parts[i]) is not None]
+        added = relative_lengths([(samples[i].num_sampled, found) for i, found in whole], rl)
+        for (i, found), more in zip(whole, added, strict=True):
+            parts[i] = found | more
     graded = [
-        sample
-        if given.parts is None
-        else replace(sample, reward_parts=given.parts, reward=total_reward(given.parts, rl))
-        for sample, given in zip(samples, grades, strict=True)
+        sample if found is None else replace(sample, reward_parts=found, reward=total_reward(found, rl))
+        for sample, found in zip(samples, parts, strict=True)
     ]
     return graded, [given.error or "no reason given" for given in grades if given.parts is None]
+
+
+def attempt_of(sample: Sample, rl: RLConfig) -> Attempt:
+    """What graders see of it."""
+    return Attempt(
+        prompt=sample.request.prompt,
+        answer=sample.request.answer,
+        text=sample.text,
+        num_tokens=sample.num_sampled,
+        max_tokens=rl.max_new_tokens,
+        finished=sample.finish_reason == "stop",
+        language=rl.language,
+    )
+
+
+def _groups(samples: Sequence[Sample]) -> list[list[int]]:
+    """Places of the samples of each prompt."""
+    groups: dict[int, list[int]] = {}
+    for place, sample in enumerate(samples):
+        groups.setdefault(sample.request.prompt_index, []).append(place)
+    return list(groups.values())
 
 
 def judge(samples: Sequence[Sample], failures: Sequence[str], rl: RLConfig) -> Experience:
     """Groups the graded samples by prompt and gives each its advantage."""
     found = Experience(list(samples), failures=list(failures))
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.request.prompt_index, []).append(sample)
-    for group in groups.values():
+    for group in ([samples[place] for place in places] for places in _groups(samples)):
         rewards = [sample.reward for sample in group if sample.reward is not None]
         if len(rewards) < len(group):
             found.failed_groups += 1

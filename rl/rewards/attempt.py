@@ -18,6 +18,8 @@ class Attempt:
     num_tokens: int  # sampled, end of sequence included
     max_tokens: int
     finished: bool  # False where max_tokens cut it off
+    rubric: str = ""  # what a judge goes by; "": the row has none
+    language: str = "none"  # what the thought should be written in: `rl.language`
 
 
 def extract_answer(text: str) -> str | None:

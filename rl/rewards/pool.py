@@ -91,7 +91,7 @@ class RewardPool:
     timeout_s: seconds a grade may take; registry: `module:NAME` of a dict name -> grader, imported by the workers.
     """
 
-    def __init__(self, workers: int, timeout_s: float, registry: str = "rl.rewards:REWARDS") -> None:
+    def __init__(self, workers: int, timeout_s: float, registry: str = "rl.rewards.rules:REWARDS") -> None:
         self.timeout_s, self.registry = timeout_s, registry
         self.workers = [_Worker(registry) for _ in range(workers)]
 

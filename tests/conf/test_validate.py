@@ -110,6 +110,16 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.group_size=1",
             "rl.group_size=1 has no advantage, which is the reward less its group's mean: give 2 or more",
         ),
+        (
+            "rl.length_shape=soft_overlong rl.overlong_cache=65",
+            "rl.overlong_cache=65 is more than rl.max_new_tokens=64, whose last tokens it is: give 64 or less",
+        ),
+        (
+            "rl.language_weight=0.1",
+            "rl.language_weight=0.1 rewards no language: give rl.language=latin or another script",
+        ),
+        ("rl.language=latine", "rl.language=latine is not known: did you mean latin?"),
+        ("rl.length_shape=soft", "rl.length_shape=soft is not known: valid: linear, soft_overlong, group_relative"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
     ],
 )
@@ -136,6 +146,8 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "model.num_nextn_predict_layers=0",
         "model.index_topk=100000",
         "rl.group_size=2",
+        "rl.length_shape=soft_overlong rl.overlong_cache=64",
+        "rl.language=han",  # measured, not rewarded
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from conf.schema import RLConfig
-from rl.rewards import REWARDS, Attempt, extract_answer, part_names, total_reward
+from rl.rewards import Attempt, extract_answer, part_names, total_reward
 from rl.rewards.pool import RewardPool
+from rl.rewards.rules import REWARDS
 
 GRADERS = "tests.rl.graders:REWARDS"
 
