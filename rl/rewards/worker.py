@@ -37,15 +37,14 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """Serves until stdin ends."""
+def serve(open_handler: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Answers jobs until stdin ends. `open_handler` makes what answers one; its imports happen here."""
     # a scheduler sends SIGTERM to every process of a job, and the step in which the trainer then saves needs its grades
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as results:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        module, _, name = sys.argv[1].partition(":")
-        registry = vars(importlib.import_module(module))[name]
+        handle = open_handler()
         answer: dict[str, Any] = {"ready": True}
         while True:
             results.write(json.dumps(answer) + "\n")
@@ -53,8 +52,14 @@ def main() -> None:
             line = sys.stdin.readline()
             if not line:
                 return
-            answer = _grade(registry, json.loads(line))
+            answer = handle(json.loads(line))
+
+
+def _grader() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    module, _, name = sys.argv[1].partition(":")
+    registry = vars(importlib.import_module(module))[name]
+    return lambda job: _grade(registry, job)
 
 
 if __name__ == "__main__":
-    main()
+    serve(_grader)
