@@ -167,18 +167,30 @@ class RLConfig:
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
-    outcome: str = "exact_match"  # exact_match | math_verify: what an answer must be
+    outcome: str = "exact_match"  # exact_match | math_verify | judge (by the row's rubric) | proof
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
     length_penalty: float = 0.0  # strength; linear: share of its reward that a right answer of full length loses
     length_shape: str = "linear"  # linear | soft_overlong (DAPO) | group_relative (Kimi k1.5), see docs/rewards.md
     overlong_cache: int = 16  # soft_overlong: last tokens of max_new_tokens, over which the penalty grows
     language: str = "none"  # latin | han | ... | none: script that the thought should be written in
     language_weight: float = 0.0  # reward of a thought wholly in it
+    judge_url: str | None = None  # OpenAI-compatible, http://host:8000/v1; for outcome=judge | proof, judge_weight
+    judge_model: str | None = None
+    judge_key_env: str | None = "OPENAI_API_KEY"  # variable that holds its key; null: an endpoint without keys
+    judge_timeout_s: float = 120.0  # of one request
+    judge_retries: int = 3  # of a request that failed for the moment
+    judge_workers: int = 8  # requests at a time, of each rank
+    judge_budget: int | None = None  # requests of the whole run, repetitions included; null: no limit
+    judge_weight: float = 0.0  # reward of a full score by the row's rubric, beside another outcome
     tools: bool = False
     reward_timeout_s: float = 10.0
     reward_workers: int = 1
     eval_prompts: int = 256  # evaluate: held-out problems
     pack_len: int = 1024  # tokens of one packed training sequence
+
+    @property
+    def needs_judge(self) -> bool:
+        return self.outcome in ("judge", "proof") or self.judge_weight > 0
 
 
 @dataclass(frozen=True)

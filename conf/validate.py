@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
     "rl.profile": ("standard", "speciale"),
-    "rl.outcome": ("exact_match", "math_verify"),
+    "rl.outcome": ("exact_match", "math_verify", "judge", "proof"),
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
 }
@@ -49,6 +49,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "parallel.persist_below",
     "rl.reference_refresh",
     "rl.top_k",
+    "rl.judge_retries",
 }
 
 INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is at least 0
@@ -76,6 +77,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "rl.clip_high": "(0, inf)",
     "rl.length_penalty": "[0, inf)",
     "rl.reward_timeout_s": "(0, inf)",
+    "rl.judge_timeout_s": "(0, inf)",
 }
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
@@ -302,6 +304,37 @@ def rl_rewards(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.language_weight={rl.language_weight:g} rewards no language: give rl.language=latin or another script"
 
 
+def judge_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if config.stage not in ("grpo", "evaluate") or not rl.needs_judge:
+        return
+    asks = f"rl.outcome={rl.outcome}" if rl.outcome in ("judge", "proof") else f"rl.judge_weight={rl.judge_weight:g}"
+    if rl.outcome == "judge" and rl.judge_weight > 0:
+        yield f"rl.judge_weight={rl.judge_weight:g} counts rl.outcome=judge twice: give rl.judge_weight=0"
+    if rl.judge_url is None or not rl.judge_model:
+        yield f"{asks} has no judge to ask: give rl.judge_url=http://HOST:PORT/v1 and rl.judge_model=NAME"
+    if rl.path is None:
+        columns = "prompt" if rl.outcome == "proof" else "prompt and rubric"
+        yield f"{asks} cannot judge the generated additions: give rl.path=PATH with rows of {columns}"
+    if rl.judge_budget is not None and rl.judge_budget < world_size:
+        yield f"rl.judge_budget={rl.judge_budget} is less than a request for each of {world_size} processes: give more"
+
+
+def judge_url_is_safe(config: RunConfig, world_size: int) -> Iterator[str]:
+    url = config.rl.judge_url
+    if url is None:
+        return
+    scheme, _, rest = url.partition("://")
+    host = rest.partition("/")[0]
+    if "@" in host or "?" in url or "#" in url:
+        yield "rl.judge_url holds a name, a key or a query, which would be written down: keys go into rl.judge_key_env"
+    elif scheme not in ("http", "https") or not host or any(c.isspace() or not c.isprintable() for c in url):
+        yield f"rl.judge_url={url} is no address: give http://HOST:PORT/v1 or https://HOST/v1"
+    elif url.rstrip("/").endswith("/chat/completions"):
+        base = url.rstrip("/").removesuffix("/chat/completions")
+        yield f"rl.judge_url={url} holds the path that is added to it: give rl.judge_url={base}"
+
+
 def index_fits_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
     width = config.model.index_head_dim
     if config.ops.fp8_index and (width > 128 or width & (width - 1)):
@@ -331,6 +364,8 @@ RULES: tuple[Rule, ...] = (
     heldout_to_measure,
     rl_batch,
     rl_rewards,
+    judge_is_given,
+    judge_url_is_safe,
 )
 
 
@@ -351,6 +386,10 @@ def warnings(config: RunConfig) -> list[str]:
         size = 4 * model.num_hidden_layers * topk * min(samples, 256) * longest  # of a rank that has them all
         if size > 1 << 30:
             found.append(f"rl.record_selection=true may hold {size / 2**30:.0f} GiB: set it to false")
+    if config.rl.judge_url is not None and not config.rl.needs_judge:
+        found.append(
+            "rl.judge_url is given and nothing asks it: set rl.outcome=judge, rl.outcome=proof or rl.judge_weight"
+        )
     optim, steps = config.optim, config.train.steps
     if config.stage != "evaluate" and optim.warmup_steps >= steps:
         found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")

@@ -7,7 +7,7 @@ earlier stage (`data.split`). Any position can be reached at once: a resumed run
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ from data.sources import question_key
 from data.split import in_split
 from data.tasks import arithmetic
 
-COLUMNS = ("prompt", "answer", "domain")
+COLUMNS = ("prompt", "answer", "domain", "rubric")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`prompt` is the user's message, `answer` what a grader compares with, `domain` picks rewards and weights."""
+    """`prompt` is the user's message, `answer` what a grader compares with, `domain` picks rewards and weights,
+    `rubric` is what a judge goes by. `answer` and `rubric` are "" where the row has none and the reward needs none."""
 
     prompt: str
     answer: str
     domain: str
     key: str
+    rubric: str = ""
 
 
 def prompts(
@@ -40,11 +42,13 @@ def prompts(
     *,
     start: int = 0,
     max_bad_rows: int = 100,
+    needs: Sequence[str] = ("answer",),
 ) -> Iterator[Prompt]:
     """Prompts of a split from number `start` on.
 
     train: no end; a file is shuffled anew every epoch. heldout: each key once, in an order of `seed`, then it ends.
-    `path` None: additions of up to `digits` digits. UserError: no file, too many malformed rows, an empty split.
+    `path` None: additions of up to `digits` digits. `needs`: the columns besides the prompt that a row must have,
+    as the reward asks for them. UserError: no file, too many malformed rows, an empty split.
     """
     if path is None and split == "train":
         for problem in arithmetic.problems(split, seed, digits, heldout, start):
@@ -54,7 +58,7 @@ def prompts(
         pairs = arithmetic.heldout_pairs(digits, heldout)
         found = [_from_problem(arithmetic.make_problem(*_either_way(pair, seed))) for pair in pairs]
     else:
-        found = read_prompts(path, split, heldout, max_bad_rows)
+        found = read_prompts(path, split, heldout, max_bad_rows, needs)
     if not found:
         raise UserError(
             f"rl.path={path} with data.heldout={heldout:g} leaves no prompt in the {split} split:"
@@ -70,14 +74,16 @@ def prompts(
         epoch, inside = epoch + 1, 0
 
 
-def read_prompts(path: str | Path, split: str, heldout: float, max_bad_rows: int = 100) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, split: str, heldout: float, max_bad_rows: int = 100, needs: Sequence[str] = ("answer",)
+) -> list[Prompt]:
     """The prompts of a split in the order of the files (.jsonl(.gz/.zst), .parquet; a file, a glob or a folder)."""
     bad = BadRows(max_bad_rows)
     found = []
     for file in find_files(str(path), "rl.path", ROW_SUFFIXES):
         for origin, row in read_rows(file, COLUMNS, bad):
             try:
-                prompt = _from_row(row)
+                prompt = _from_row(row, needs)
             except ValueError as error:
                 bad.report(origin, str(error))
                 continue
@@ -86,19 +92,25 @@ def read_prompts(path: str | Path, split: str, heldout: float, max_bad_rows: int
     return found
 
 
-def _from_row(row: Mapping[str, Any]) -> Prompt:
+def _from_row(row: Mapping[str, Any], needs: Sequence[str]) -> Prompt:
     """ValueError with the reason if a row is no prompt. A number is taken as an answer by its digits."""
-    prompt, answer, domain = (row.get(name) for name in COLUMNS)
+    prompt, answer, domain, rubric = (row.get(name) for name in COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError('no "prompt"' if prompt is None else '"prompt" is no string with text')
+    missing = [name for name in needs if row.get(name) is None]
+    if missing:
+        raise ValueError(f'no "{missing[0]}"')
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError('no "answer"' if answer is None else '"answer" is neither a number nor a string with text')
+    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+        raise ValueError('"answer" is neither a number nor a string with text')
     if domain is not None and not isinstance(domain, str):
         raise ValueError('"domain" is not a string')
-    (prompt + answer).encode("utf-8")  # a lone surrogate cannot be tokenised; UnicodeError is a ValueError
-    return Prompt(prompt, answer, domain or "general", question_key(prompt))
+    if rubric is not None and (not isinstance(rubric, str) or not rubric.strip()):
+        raise ValueError('"rubric" is no string with text')
+    answer, rubric = answer or "", rubric or ""
+    (prompt + answer + rubric).encode("utf-8")  # a lone surrogate cannot be tokenised; UnicodeError is a ValueError
+    return Prompt(prompt, answer, domain or "general", question_key(prompt), rubric)
 
 
 def _from_problem(problem: arithmetic.Problem) -> Prompt:

@@ -20,8 +20,9 @@ from model import Transformer
 from model.generate import Sampling
 from rl.groups import grade, judge
 from rl.messages import RolloutRequest
-from rl.prompts import sample_seed
+from rl.prompts import asked, needed_columns, sample_seed
 from rl.rewards import part_names
+from rl.rewards.client import open_judge
 from rl.rewards.pool import RewardPool
 from rl.rollout.native import NativeEngine
 from rl.summary import add_over_ranks, experience_metrics, experience_sums
@@ -91,9 +92,11 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     with Progress(len(mine), "held-out problems", context.is_main, unit="answer") as progress:
         samples = engine.generate(mine, progress.update)
     seconds = distributed.max_over_ranks(time.monotonic() - start)
-    with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool:
-        samples, failures = grade(samples, pool, rl)
-    sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_names(rl)))
+    opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
+    with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, opened_judge as client:
+        samples, failures = grade(samples, pool, rl, client)
+    asked_judge = {} if client is None else client.take_counts()
+    sums = add_over_ranks(experience_sums(judge(samples, failures, rl), part_names(rl)) | asked_judge)
     row = experience_metrics(sums, seconds)
     del row["reward/zero_spread_frac"], row["reward/failed_groups"]  # one sample a problem: no groups
     row |= {"reward/accuracy": row[f"reward/{rl.outcome}"], "reward/num_problems": sums["graded"]}
@@ -104,19 +107,19 @@ def heldout_requests(context: RunContext) -> tuple[list[RolloutRequest], int]:
     """One request a held-out problem, up to `rl.eval_prompts`, and how many prompts were too long for the model."""
     config, tokenizer = context.config, context.tokenizer()
     rl, data, seed = config.rl, config.data, config.train.seed
-    share, bad = data.heldout, data.max_bad_rows
-    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad)
+    share, bad, needs = data.heldout, data.max_bad_rows, needed_columns(rl)
+    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad, needs=needs)
     longest = config.model.max_position_embeddings - rl.max_new_tokens
     found: list[RolloutRequest] = []
     too_long = 0
     for prompt in source:
-        ids = tuple(encode_prompt(prompt.prompt, tokenizer))
+        ids = tuple(encode_prompt(asked(prompt.prompt, rl), tokenizer))
         if len(ids) > longest:
             too_long += 1
             continue
         index = len(found)
         draw = sample_seed(seed, EVALUATION, index, 0)
-        found.append(RolloutRequest(index, 0, prompt.domain, prompt.prompt, prompt.answer, ids, draw))
+        found.append(RolloutRequest(index, 0, prompt.domain, prompt.prompt, prompt.answer, ids, draw, prompt.rubric))
         if len(found) == rl.eval_prompts:
             break
     if not found:

@@ -15,7 +15,9 @@ from conf.schema import RLConfig
 from rl.advantage import group_advantages
 from rl.messages import Sample
 from rl.rewards import Attempt, total_reward
-from rl.rewards.pool import RewardPool
+from rl.rewards.client import JudgeClient
+from rl.rewards.judged import judge_grades
+from rl.rewards.pool import Grade, RewardPool
 from rl.rewards.total import relative_lengths, rule_parts
 
 
@@ -35,9 +37,20 @@ class Experience:
         return next((a for s, a in zip(self.trained, self.advantages, strict=True) if s is sample), None)
 
 
-def grade(samples: Sequence[Sample], pool: RewardPool, rl: RLConfig) -> tuple[list[Sample], list[str]]:
-    """-> (the samples with their rewards, the reasons of failed grades). A failed sample keeps reward None."""
-    grades = pool.grade([attempt_of(sample, rl) for sample in samples], rule_parts(rl))
+def grade(
+    samples: Sequence[Sample], pool: RewardPool, rl: RLConfig, client: JudgeClient | None = None
+) -> tuple[list[Sample], list[str]]:
+    """-> (the samples with their rewards, the reasons of failed grades). A failed sample keeps reward None.
+
+    client: the judge, where a reward needs one; it is asked about samples that the rules could grade.
+    """
+    attempts = [attempt_of(sample, rl) for sample in samples]
+    grades = pool.grade(attempts, rule_parts(rl))
+    if client is not None:
+        whole_grades = [i for i, given in enumerate(grades) if given.parts is not None]
+        judged = judge_grades([attempts[i] for i in whole_grades], client, rl)
+        for i, given in zip(whole_grades, judged, strict=True):
+            grades[i] = given if given.parts is None else Grade((grades[i].parts or {}) | given.parts)
     parts = [given.parts for given in grades]
     for group in _groups(samples):
         whole = [(i, found) for i in group if (found := parts[i]) is not None]
@@ -60,6 +73,7 @@ def attempt_of(sample: Sample, rl: RLConfig) -> Attempt:
         num_tokens=sample.num_sampled,
         max_tokens=rl.max_new_tokens,
         finished=sample.finish_reason == "stop",
+        rubric=sample.request.rubric,
         language=rl.language,
     )
 

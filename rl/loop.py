@@ -20,9 +20,10 @@ from data.chat import encode_prompt
 from data.prompts import Prompt, prompts
 from model import Transformer
 from rl.groups import Experience, grade, judge
-from rl.prompts import PromptStream
+from rl.prompts import PromptStream, asked, needed_columns
 from rl.reference import Reference
 from rl.rewards import part_names
+from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
@@ -46,6 +47,7 @@ def run(context: RunContext) -> None:
     config, rl = context.config, context.config.rl
     context.guard = Guard(math.inf, config.train.max_skipped_steps)  # a policy loss has no scale for a spike
     stream = open_prompts(context)
+    opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     net = context.build_net()
     freeze(net, context)
     autocast = autocast_dtype(config.precision.name)
@@ -67,12 +69,13 @@ def run(context: RunContext) -> None:
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
-    with RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool, context.progress(state, "iteration") as progress:
+    pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
+    with pool, opened_judge as client, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:
             start = time.monotonic()
             if copy is not None and copy.step != state.step:
                 copy.refresh(engine, state.step)
-            experience, row = gather_experience(context, policy, pool, stream, state)
+            experience, row = gather_experience(context, policy, pool, client, stream, state)
             row |= improve(context, engine, experience, reference, state)
             state.step += 1
             row["tokens"] = state.tokens
@@ -100,15 +103,20 @@ def open_prompts(context: RunContext) -> PromptStream:
     seed = config.train.seed
 
     def source(start: int) -> Iterator[Prompt]:
-        share, bad = data.heldout, data.max_bad_rows
-        return prompts(rl.path, "train", seed, data.operand_digits, share, start=start, max_bad_rows=bad)
+        share, bad, needs = data.heldout, data.max_bad_rows, needed_columns(rl)
+        return prompts(rl.path, "train", seed, data.operand_digits, share, start=start, max_bad_rows=bad, needs=needs)
 
     longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
-    return PromptStream(source, lambda text: encode_prompt(text, tokenizer), rl, seed, longest)
+    return PromptStream(source, lambda text: encode_prompt(asked(text, rl), tokenizer), rl, seed, longest)
 
 
 def gather_experience(
-    context: RunContext, policy: RolloutEngine, pool: RewardPool, stream: PromptStream, state: TrainState
+    context: RunContext,
+    policy: RolloutEngine,
+    pool: RewardPool,
+    client: JudgeClient | None,
+    stream: PromptStream,
+    state: TrainState,
 ) -> tuple[Experience, dict[str, float]]:
     """Sample -> reward -> advantage on this rank; the metrics are those of all ranks."""
     rl = context.config.rl
@@ -116,11 +124,12 @@ def gather_experience(
     start = time.monotonic()
     samples = policy.generate(stream.requests(distributed.rank(), distributed.world_size()))
     rollout_seconds = time.monotonic() - start
-    samples, failures = grade(samples, pool, rl)
+    samples, failures = grade(samples, pool, rl, client)
     experience = judge(samples, failures, rl)
     for reason, count in Counter(failures).items():
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
-    sums = add_over_ranks(experience_sums(experience, part_names(rl)))
+    asked_judge = {} if client is None else client.take_counts()
+    sums = add_over_ranks(experience_sums(experience, part_names(rl)) | asked_judge)
     state.tokens += int(sums["tokens"])
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))

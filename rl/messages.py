@@ -24,6 +24,7 @@ class RolloutRequest:
     answer: str  # the reference answer
     prompt_ids: tuple[int, ...]
     seed: int
+    rubric: str = ""  # what a judge goes by; "": the row has none
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Sample:
     tokens: TokenColumns
     text: str  # what was sampled, without the end-of-sequence token
     finish_reason: str  # stop | length
-    reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, in [0, 1]
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, see rl/rewards/total.py
     reward: float | None = None  # made of the parts; None: not graded, or a grader failed
 
     @property

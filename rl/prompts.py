@@ -16,6 +16,7 @@ from conf.errors import UserError
 from conf.schema import RLConfig
 from data.prompts import Prompt
 from rl.messages import RolloutRequest
+from rl.rewards.proof import generator_prompt
 
 PATIENCE = 1000  # prompts in a row that may be too long before it is an error
 
@@ -24,6 +25,16 @@ def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int)
     """63 bits that no two samples of a run share, but by chance."""
     packed = struct.pack("<4q", seed, iteration, prompt_index, sample_index)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def needed_columns(rl: RLConfig) -> tuple[str, ...]:
+    """What a row must have besides its prompt for the run's outcome to be graded."""
+    return {"judge": ("rubric",), "proof": ()}.get(rl.outcome, ("answer",))
+
+
+def asked(prompt: str, rl: RLConfig) -> str:
+    """The user's message: the prompt, which rl.outcome=proof puts into the format that its reward asks for."""
+    return generator_prompt(prompt) if rl.outcome == "proof" else prompt
 
 
 class PromptStream:
@@ -78,6 +89,7 @@ class PromptStream:
                 answer=prompt.answer,
                 prompt_ids=ids,
                 seed=sample_seed(self.seed, self.iteration, index, sample),
+                rubric=prompt.rubric,
             )
             for index, (prompt, ids) in enumerate(prompts)
             if index % world == rank

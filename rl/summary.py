@@ -33,17 +33,20 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
         "tokens": sum(len(sample.tokens) for sample in samples),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "reward": sum(sample.reward or 0.0 for sample in graded),
-        **{f"part/{name}": sum(sample.reward_parts[name] for sample in graded) for name in parts},
+        **{f"part/{name}": sum(sample.reward_parts.get(name, 0.0) for sample in graded) for name in parts},
+        **{f"parted/{name}": sum(name in sample.reward_parts for sample in graded) for name in parts},
     }
 
 
 def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:
-    """Means over all ranks; rewards are NaN where no grade came. `rollout_seconds`: of the slowest rank."""
+    """Means over all ranks; rewards are NaN where no grade came, a part's mean is over the
+    samples that have it. `rollout_seconds`: of the slowest rank."""
     samples, graded, groups = sums["samples"], sums["graded"] or math.nan, sums["groups"]
     parts = {name.removeprefix("part/"): value for name, value in sums.items() if name.startswith("part/")}
     return {
         "reward/mean": sums["reward"] / graded,
-        **{f"reward/{name}": value / graded for name, value in parts.items()},
+        **{f"reward/{name}": value / (sums[f"parted/{name}"] or math.nan) for name, value in parts.items()},
+        **{name: value for name, value in sums.items() if name.startswith("judge/")},
         "reward/failed_grades": samples - sums["graded"],
         "reward/failed_groups": sums["failed_groups"],
         "reward/zero_spread_frac": sums["zero_spread_groups"] / groups,

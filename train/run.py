@@ -45,6 +45,12 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "train.keep_checkpoints",
     "train.hang_limit_s",
     "train.micro_batches",  # where a step takes as many sequences as before
+    "rl.judge_url",  # the same model may be served elsewhere after a restart, and a budget may be raised
+    "rl.judge_key_env",
+    "rl.judge_timeout_s",
+    "rl.judge_retries",
+    "rl.judge_workers",
+    "rl.judge_budget",
     "parallel",
     "tracker",
     "resume",

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
 def rule_parts(rl: RLConfig) -> tuple[str, ...]:
     """The parts that worker processes compute (`rl/rewards/rules.py`)."""
-    return (rl.outcome, "format", "length", *(("language",) if rl.language != "none" else ()))
+    outcome = () if rl.outcome in ("judge", "proof") else (rl.outcome,)
+    return (*outcome, "format", "length", *(("language",) if rl.language != "none" else ()))
 
 
 def part_names(rl: RLConfig) -> tuple[str, ...]:
-    """The parts that this run's rewards are made of; the outcome comes first."""
-    return (*rule_parts(rl), *(("length_relative",) if rl.length_shape == "group_relative" else ()))
+    """The parts that this run's rewards are made of; the outcome comes first. `judge` is missing beside another outcome
+    where a row has no rubric."""
+    judged = {"judge": ("judge",), "proof": ("proof", "proof_verified", "proof_analysis")}.get(rl.outcome, ())
+    beside = ("judge",) if rl.judge_weight > 0 else ()
+    relative = ("length_relative",) if rl.length_shape == "group_relative" else ()
+    return (*judged, *rule_parts(rl), *beside, *relative)
 
 
 def relative_lengths(group: Sequence[tuple[int, Mapping[str, float]]], rl: RLConfig) -> list[dict[str, float]]:
@@ -56,6 +61,10 @@ def with_length(outcome: float, parts: Mapping[str, float], rl: RLConfig) -> flo
 
 
 def total_reward(parts: Mapping[str, float], rl: RLConfig) -> float:
-    """The outcome with its length penalty + format_weight x format + language_weight x language."""
+    """The outcome with its length penalty + the weights of format, language and judge times these parts."""
     reward = with_length(parts[rl.outcome], parts, rl) + rl.format_weight * parts["format"]
-    return reward + (rl.language_weight * parts["language"] if rl.language != "none" else 0.0)
+    if rl.language != "none":
+        reward += rl.language_weight * parts["language"]
+    if rl.judge_weight > 0 and "judge" in parts:  # a row without rubric: the same for the whole group
+        reward += rl.judge_weight * parts["judge"]
+    return reward

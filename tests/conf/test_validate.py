@@ -11,6 +11,8 @@ from conf.errors import UserError
 from conf.load import load
 from conf.validate import CHOICES, INTERVALS, MAY_BE_ZERO, RULES, check, contains, flatten, violations, warnings
 
+JUDGE = "rl.judge_url=http://h:8000/v1 rl.judge_model=m rl.path=x.jsonl"
+
 
 def found(*argv: str, stage: str = "grpo", world_size: int = 1) -> list[str]:
     return violations(load([f"+stage={stage}", *argv]).config, world_size)
@@ -118,6 +120,43 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.language_weight=0.1",
             "rl.language_weight=0.1 rewards no language: give rl.language=latin or another script",
         ),
+        (
+            "rl.outcome=judge rl.path=x.jsonl",
+            "rl.outcome=judge has no judge to ask: give rl.judge_url=http://HOST:PORT/v1 and rl.judge_model=NAME",
+        ),
+        (
+            "rl.judge_weight=0.5 rl.path=x.jsonl rl.judge_model=m",
+            "rl.judge_weight=0.5 has no judge to ask: give rl.judge_url=http://HOST:PORT/v1 and rl.judge_model=NAME",
+        ),
+        (
+            "rl.outcome=proof rl.judge_url=http://h:8000/v1 rl.judge_model=m",
+            "rl.outcome=proof cannot judge the generated additions: give rl.path=PATH with rows of prompt",
+        ),
+        (
+            f"rl.outcome=judge rl.judge_weight=1 {JUDGE}",
+            "rl.judge_weight=1 counts rl.outcome=judge twice: give rl.judge_weight=0",
+        ),
+        (
+            "rl.judge_url=https://me:secret@h/v1",
+            "rl.judge_url holds a name, a key or a query, which would be written down: keys go into rl.judge_key_env",
+        ),
+        (
+            "rl.judge_url=https://h/v1?key=secret",
+            "rl.judge_url holds a name, a key or a query, which would be written down: keys go into rl.judge_key_env",
+        ),
+        ("rl.judge_url=h:8000/v1", "rl.judge_url=h:8000/v1 is no address: give http://HOST:PORT/v1 or https://HOST/v1"),
+        (
+            "rl.judge_url=file:///etc/passwd",
+            "rl.judge_url=file:///etc/passwd is no address: give http://HOST:PORT/v1 or https://HOST/v1",
+        ),
+        (
+            "rl.judge_url=http://h/v1/chat/completions",
+            "rl.judge_url=http://h/v1/chat/completions holds the path that is added to it: give"
+            " rl.judge_url=http://h/v1",
+        ),
+        ("rl.judge_retries=-1", "rl.judge_retries=-1 is too small: give 0 or more"),
+        ("rl.judge_budget=0", "rl.judge_budget=0 is too small: give 1 or more"),
+        ("rl.judge_timeout_s=0", "rl.judge_timeout_s=0 is outside (0, inf): give a value inside"),
         ("rl.language=latine", "rl.language=latine is not known: did you mean latin?"),
         ("rl.length_shape=soft", "rl.length_shape=soft is not known: valid: linear, soft_overlong, group_relative"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
@@ -148,6 +187,9 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.group_size=2",
         "rl.length_shape=soft_overlong rl.overlong_cache=64",
         "rl.language=han",  # measured, not rewarded
+        f"rl.outcome=judge rl.judge_retries=0 {JUDGE}",
+        f"rl.outcome=proof {JUDGE}",
+        f"rl.judge_weight=1 rl.outcome=math_verify {JUDGE}",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
@@ -280,6 +322,9 @@ def test_warnings_are_no_violations() -> None:
     assert violations(config) == []
     assert [line.split("=")[0] for line in warnings(config)] == ["model.index_topk", "optim.warmup_steps"]
     assert warnings(load(["+stage=pretrain"]).config) == []
+    unasked = ["+stage=grpo", "rl.judge_url=http://h/v1"]
+    assert "nothing asks it" in warnings(load(unasked).config)[0]
+    assert warnings(load([*unasked, "rl.judge_weight=1"]).config) == []
 
 
 @pytest.mark.parametrize(
@@ -315,3 +360,11 @@ def test_rl_settings_do_not_bind_other_stages() -> None:
     short = ["model.max_position_embeddings=64", "data.seq_len=48"]
     assert violations(load(["+stage=dense_warmup", *short]).config) == []
     assert any("rl.max_new_tokens=64 is past" in line for line in violations(load(["+stage=grpo", *short]).config))
+
+
+def test_every_rank_gets_a_share_of_the_judges_budget() -> None:
+    argv = ["rl.outcome=judge", "rl.judge_budget=1", *JUDGE.split()]
+    assert found(*argv) == []
+    assert found(*argv, world_size=2) == [
+        "rl.judge_budget=1 is less than a request for each of 2 processes: give more",
+    ]

@@ -82,6 +82,8 @@ def test_a_users_own_additions_keep_to_the_same_split(tmp_path: Path) -> None:
         ({"prompt": "p", "answer": True}, '"answer" is neither'),
         ({"prompt": "p", "answer": ""}, '"answer" is neither'),
         ({"prompt": "p", "answer": "a", "domain": 3}, '"domain" is not a string'),
+        ({"prompt": "p", "answer": "a", "rubric": ["r"]}, '"rubric" is no string with text'),
+        ({"prompt": "p", "answer": "a", "rubric": " "}, '"rubric" is no string with text'),
         ({"prompt": "\ud800", "answer": "a"}, "surrogates"),
         ("p", "a str, not an object"),
     ],
@@ -106,3 +108,17 @@ def test_an_empty_split_and_a_missing_file_say_what_to_give(rows_file: Path, tmp
     (tmp_path / "notes.txt").write_text("text is no prompt")
     with pytest.raises(UserError, match=r"unknown suffix '\.txt': use \.jsonl"):
         next(prompts(tmp_path / "notes.txt", "train", 0))
+
+
+def test_the_reward_says_what_a_row_must_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A judge needs a rubric and no answer, a proof neither; what a row has beyond that is kept."""
+    rows = [{"prompt": "p", "rubric": "r"}, {"prompt": "q", "answer": 3, "rubric": "r"}, {"prompt": "s"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for needs, bad, found in (
+        (("rubric",), 1, {("p", "", "r"), ("q", "3", "r")}),
+        ((), 0, {("p", "", "r"), ("q", "3", "r"), ("s", "", "")}),
+        (("answer",), 2, {("q", "3", "r")}),
+    ):
+        given = islice(prompts(path, "train", 0, heldout=1e-9, max_bad_rows=bad, needs=needs), len(found))
+        assert {(p.prompt, p.answer, p.rubric) for p in given} == found
+    assert 'row skipped: no "rubric"' in caplog.text

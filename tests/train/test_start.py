@@ -127,10 +127,16 @@ def test_differences_name_the_keys_but_those_that_may_change() -> None:
         output_dir="moved",
         tracker=TrackerConfig(name="none"),
         train=replace(stored.train, steps=5, log_every=1, save_every=7, keep_checkpoints=9),
+        rl=replace(stored.rl, judge_url="http://elsewhere/v1", judge_budget=9),
     )
     assert differences(stored, changed, MAY_CHANGE) == []
     changed = replace(changed, optim=OptimConfig(lr=0.5), data=DataConfig(seq_len=64))
-    assert differences(stored, changed, MAY_CHANGE) == ["data.seq_len=64 (was 512)", "optim.lr=0.5 (was None)"]
+    changed = replace(changed, rl=replace(changed.rl, judge_model="another"))
+    assert differences(stored, changed, MAY_CHANGE) == [
+        "data.seq_len=64 (was 512)",
+        "optim.lr=0.5 (was None)",
+        "rl.judge_model=another (was None)",
+    ]
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
