@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conf.schema import ModelConfig, TrainConfig
-from model import Transformer
+from conf.schema import TrainConfig
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
-from train.flops import flops_per_token, indexer_weights, trunk_weights
 from train.losses import (
     Counts,
     add_sums,
@@ -118,18 +116,3 @@ def test_a_step_logs_the_load_of_each_layer_with_experts() -> None:
     assert list(by_layer) == ["moe/layer_01/load_max_over_mean", "moe/layer_02/load_max_over_mean"]
     assert by_layer["moe/layer_02/load_max_over_mean"] == 2.0
     assert 1.0 <= by_layer["moe/layer_01/load_max_over_mean"] < 2.0
-
-
-def test_flops_count_the_weights_that_a_token_meets() -> None:
-    dense = ModelConfig(first_k_dense_replace=4, num_nextn_predict_layers=0)
-    net = Transformer(dense)
-    matrices = {n: p for n, p in net.named_parameters() if p.dim() == 2 and not n.startswith("embed")}
-    assert trunk_weights(dense) == sum(p.numel() for n, p in matrices.items() if ".indexer." not in n)
-    assert 4 * indexer_weights(dense) == sum(p.numel() for n, p in matrices.items() if ".indexer." in n)
-    pretrain, warmup, adapt = (STAGES[name] for name in ("pretrain", "dense_warmup", "sparse_adapt"))
-    attention = 4 * 2 * 4 * (48 + 32) * 256  # layers, 2 FLOPs, heads, widths, keys seen of 512
-    assert flops_per_token(dense, pretrain, 512) == 3 * (2 * trunk_weights(dense) + attention)
-    assert flops_per_token(dense, warmup, 512) < flops_per_token(dense, pretrain, 512)
-    # twice the context costs the selected core nothing, the indexer's scoring twice
-    grown = flops_per_token(dense, adapt, 2048) - flops_per_token(dense, adapt, 1024)
-    assert grown == 3 * 4 * 2 * 16 * 32 * 512
