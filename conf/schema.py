@@ -187,6 +187,7 @@ class RLConfig:
     reward_workers: int = 1
     eval_prompts: int = 256  # evaluate: held-out problems
     pack_len: int = 1024  # tokens of one packed training sequence
+    pretrain_tokens: float | None = None  # of the base, for flops/rl_over_pretrain; null: by the runs behind init_from
 
     @property
     def needs_judge(self) -> bool:

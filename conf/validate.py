@@ -78,6 +78,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "rl.length_penalty": "[0, inf)",
     "rl.reward_timeout_s": "(0, inf)",
     "rl.judge_timeout_s": "(0, inf)",
+    "rl.pretrain_tokens": "(0, inf)",
 }
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)

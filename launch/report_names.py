@@ -70,6 +70,10 @@ METRICS = {
     "perf/tokens_per_s": Metric("Throughput", "tokens/s", "high"),
     "perf/model_tflops": Metric("Model compute", "TFLOP/s", "high"),
     "perf/peak_memory_bytes": Metric("Peak memory", "bytes", "low"),
+    "flops/rollout": Metric("Rollouts so far", "FLOP"),
+    "flops/update": Metric("Updates so far", "FLOP"),
+    "flops/reference": Metric("Reference so far", "FLOP"),
+    "flops/reward": Metric("Rewards so far", "FLOP"),
     "flops/rl_over_pretrain": Metric("RL compute over pre-training"),
 }
 
@@ -84,7 +88,7 @@ SECTIONS = (
     ("mismatch/", "Trainer against sampler", "Where the trainer sees another model than the one that sampled."),
     ("optim/", "Optimiser", "Steps as they were taken."),
     ("perf/", "Performance", "Speed and memory of the slowest and fullest rank."),
-    ("flops/", "Compute", ""),
+    ("flops/", "Compute", "What the run has spent by formula, and as a share of all training before it."),
     ("", "Other metrics", ""),
 )
 

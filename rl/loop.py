@@ -20,6 +20,7 @@ from data.chat import encode_prompt
 from data.prompts import Prompt, prompts
 from model import Transformer
 from rl.groups import Experience, grade, judge
+from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
 from rl.prompts import PromptStream, asked, needed_columns
 from rl.reference import Reference
 from rl.rewards import part_names
@@ -67,6 +68,7 @@ def run(context: RunContext) -> None:
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
+    open_ledger(context, state)
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
@@ -79,7 +81,9 @@ def run(context: RunContext) -> None:
             row |= improve(context, engine, experience, reference, state)
             state.step += 1
             row["tokens"] = state.tokens
-            row["perf/tokens_per_s"] = row.pop("new_tokens") / (time.monotonic() - start)
+            seconds = time.monotonic() - start
+            row["perf/tokens_per_s"] = row.pop("new_tokens") / seconds
+            row |= account(context, experience, state, seconds)
             if context.logs(state.step):
                 context.log(state.step, row)
                 show(context, writer, experience, state.step)
@@ -134,6 +138,27 @@ def gather_experience(
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
+
+
+def open_ledger(context: RunContext, state: TrainState) -> None:
+    """Finds the compute of pre-training once, at the start of the run; checkpoints keep it."""
+    if "pretrain_flops" in state.extra:
+        return
+    known, reason = pretrain_flops(context.config)
+    state.extra["pretrain_flops"] = known
+    if known is None:
+        context.say(f"flops/rl_over_pretrain is not logged, {reason}: rl.pretrain_tokens=N would give it")
+
+
+def account(context: RunContext, experience: Experience, state: TrainState, seconds: float) -> dict[str, float]:
+    """The ledger with this iteration of all ranks, and the rate at which its FLOPs were done."""
+    config = context.config
+    with_reference = config.rl.beta > 0
+    spent = iteration_flops(config.model, context.stage, experience.samples, experience.trained, with_reference)
+    spent = add_over_ranks(spent)
+    state.extra["flops"] = add(state.extra.get("flops", {}), spent)
+    found = ledger_metrics(state.extra["flops"], state.extra["pretrain_flops"])
+    return found | {"perf/model_tflops": sum(spent.values()) / seconds / 1e12}
 
 
 def improve(

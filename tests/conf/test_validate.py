@@ -40,6 +40,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("rl.clip_high=0", "rl.clip_high=0 is outside (0, inf): give a value inside"),
         ("rl.top_p=0", "rl.top_p=0 is outside (0, 1]: give a value inside"),
         ("rl.temperature=0", "rl.temperature=0 is outside (0, inf): give a value inside"),
+        ("rl.pretrain_tokens=0", "rl.pretrain_tokens=0 is outside (0, inf): give a value inside"),
         ("rl.beta=-0.1", "rl.beta=-0.1 is outside [0, inf): give a value inside"),
         ("data.source=file data.path=x", "data.source=file is not known: did you mean files?"),
         ("kernels=trition", "kernels=trition is not known: did you mean triton?"),

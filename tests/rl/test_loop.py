@@ -23,6 +23,7 @@ from model import save_pretrained
 from tests.distributed.helper import run_ranks
 from tests.train import runs, tiny
 from train.checkpoint import newest
+from train.flops import trunk_weights
 from train.run import open_run
 
 Hook = Callable[[int], None]
@@ -111,6 +112,9 @@ def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
     assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
     found = rows(tmp_path / "whole")
     assert found[0]["policy/kl_ref"] > 0 and found[0]["optim/grad_norm"] > 0  # the second mini-batch has moved away
+    costs = [row["flops/rollout"] + row["flops/update"] for row in found]
+    assert costs == sorted(costs) and costs[-1] > 5 * costs[0] and found[-1]["flops/reference"] > 0
+    assert "flops/rl_over_pretrain" not in found[0]  # nobody said what made the base
     references = sorted(path.name for path in (tmp_path / "whole" / "reference").iterdir())
     assert references == ["step_3.safetensors", "step_6.safetensors"]
 
@@ -191,9 +195,14 @@ def test_a_run_goes_on_in_another_layout(first: str, then: str, base: str, tmp_p
 
 
 def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):
-    run = config(tmp_path / "run", base, rl=replace(RL, group_size=8), steps=15, save_every=100)
+    run = config(tmp_path / "run", base, rl=replace(RL, group_size=8, pretrain_tokens=1e6), steps=15, save_every=100)
     run = replace(run, optim=replace(run.optim, lr=1e-2))
     assert go(run) == ["finished"]
+    last = rows(tmp_path / "run")[-1]
+    spent = sum(last[f"flops/{part}"] for part in ("rollout", "update", "reference", "reward"))
+    assert last["flops/rl_over_pretrain"] == pytest.approx(spent / (6e6 * trunk_weights(run.model)), rel=1e-12)
+    full = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["perf/model_tflops"] > 0 for row in full)
     found = [row["reward/mean"] for row in rows(tmp_path / "run")]
     assert sum(found[-3:]) / 3 > sum(found[:3]) / 3 + 0.1, found
 
