@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -43,6 +43,11 @@ def accepted_types(hint: Any) -> tuple[type, ...]:
     return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
+def is_list(hint: Any) -> bool:
+    """Whether the field is a list of strings, `tuple[str, ...]`."""
+    return get_origin(hint) is tuple and get_args(hint) == (str, ...)
+
+
 def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
     """The end of an unknown key's error: the same name in another section, else the nearest spelling, else what exists.
 
@@ -67,6 +72,10 @@ def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
+    if is_list(hint):
+        if isinstance(value, list | tuple) and all(type(item) is str for item in value):
+            return tuple(value)
+        raise UserError(f"{key}={value!r:.80} has the wrong type {type(value).__name__}: {key} takes a list of strings")
     accepted = accepted_types(hint)
     assert set(accepted) <= {int, float, str, bool, types.NoneType}, f"{key}: no check for {hint} yet"
     if type(value) in accepted and not (isinstance(value, float) and not math.isfinite(value)):

@@ -22,7 +22,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.convert import accepted_types, from_dict, leaf_types, load_yaml, redacted, save_yaml, suggest_key, to_dict
+from conf.convert import (
+    accepted_types,
+    from_dict,
+    is_list,
+    leaf_types,
+    load_yaml,
+    redacted,
+    save_yaml,
+    suggest_key,
+    to_dict,
+)
 from conf.errors import UserError, nearest
 from conf.schema import STAGES, RunConfig
 
@@ -71,7 +81,16 @@ def _group_override(arg: str, group: str, value: str) -> str:
     return f"{group}={value}"
 
 
+def _listed(text: str) -> str:
+    """`a,b` or `[a, b]` -> Hydra's list of quoted strings; nothing, `[]` or `null` is the empty list."""
+    inside = text.strip().removeprefix("[").removesuffix("]")
+    items = [] if inside.strip().lower() in ("", "null") else [item.strip().strip("'\"") for item in inside.split(",")]
+    return f"[{','.join(QuotedString(text=item, quote=Quote.single).with_quotes() for item in items)}]"
+
+
 def _value_override(arg: str, key: str, text: str, hint: Any) -> str:
+    if is_list(hint):
+        text = _listed(text)
     already_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     null_means_none = type(None) in accepted_types(hint) and text.lower() == "null"
     if str in accepted_types(hint) and not already_quoted and not null_means_none:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+TASK_LEVELS = {"arithmetic": 18, "words": 6, "sorting": 8, "countdown": 5, "counting": 9}  # data/tasks: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
 
 
@@ -77,8 +78,9 @@ class DataConfig:
     tokenizer: str = "auto"  # auto | bytes | a tokenizer folder | train:VOCAB
     seq_len: int = 512
     heldout: float = 0.1  # share of documents (by hash) that no training step ever sees
-    synthetic_share: float = 0.0  # share of tokens of worked arithmetic mixed into another source
+    synthetic_share: float = 0.0  # share of tokens of worked problems mixed into another source
     operand_digits: int = 2  # synthetic: decimal digits of an operand
+    tasks: tuple[str, ...] = ()  # synthetic: TASK or TASK:LEVEL, mixed; none: arithmetic of operand_digits
     worked_share: float = 1.0  # synthetic: share of problems that show their working; the rest answer at once
     max_bad_rows: int = 100  # malformed rows that are skipped before it is an error
 
@@ -149,7 +151,10 @@ class TrackerConfig:
 @dataclass(frozen=True)
 class RLConfig:
     profile: str = "standard"  # standard | speciale
-    path: str | None = None  # JSONL of {"prompt", "answer"}; null: arithmetic generated here
+    path: str | None = (
+        None  # rows of {"prompt", "answer"}: JSONL, Parquet or hf:NAME (`datasets`); null: generated here
+    )
+    tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL, mixed, where there is no path; none: data.tasks
     prompts_per_step: int = 16  # prompts of the whole world in an iteration
     group_size: int = 8  # G: samples a prompt
     mini_batches: int = 1  # optimiser steps an iteration

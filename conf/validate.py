@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.convert import to_dict
 from conf.errors import UserError, nearest
-from conf.schema import STAGES, RunConfig
+from conf.schema import STAGES, TASK_LEVELS, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
     "rl.profile": ("standard", "speciale"),
-    "rl.outcome": ("exact_match", "math_verify", "judge", "proof"),
+    "rl.outcome": ("exact_match", "math_verify", "task", "judge", "proof"),
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
 }
@@ -152,6 +152,30 @@ def source_needs_path(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"data.source={data.source} has nothing to read: give data.path=PATH, {what}"
     if data.source in ("stdlib", "synthetic") and data.path is not None:
         yield f"data.path={data.path} is not read by data.source={data.source}: add data.source=files (or hf)"
+
+
+def known_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
+    for key, names in (("data.tasks", config.data.tasks), ("rl.tasks", config.rl.tasks)):
+        for name in names:
+            task, colon, level = name.partition(":")
+            if task not in TASK_LEVELS:
+                yield f"{key}={name} is not known: {nearest(task, TASK_LEVELS)}"
+                continue
+            hardest = TASK_LEVELS[task]
+            known = level.isascii() and level.isdigit() and len(level) <= 2
+            if colon and not (known and 1 <= int(level) <= hardest):
+                yield f"{key}={name} has no such level: give {task}:1 to {task}:{hardest}"
+
+
+def tasks_are_graded(config: RunConfig, world_size: int) -> Iterator[str]:
+    data, rl = config.data, config.rl
+    if rl.path is not None and rl.tasks:
+        yield f"rl.tasks={','.join(rl.tasks)} is not read beside rl.path={rl.path}: leave one of them out"
+    if config.stage not in ("grpo", "evaluate") or rl.path is not None:
+        return
+    asked = {name.partition(":")[0] for name in rl.tasks or data.tasks}
+    if "countdown" in asked and rl.outcome in ("exact_match", "math_verify"):
+        yield f"rl.outcome={rl.outcome} cannot grade countdown, which has many right answers: give rl.outcome=task"
 
 
 def sft_needs_conversations(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -352,6 +376,8 @@ RULES: tuple[Rule, ...] = (
     zero_stage,
     named_paths,
     source_needs_path,
+    known_tasks,
+    tasks_are_graded,
     sft_needs_conversations,
     tokenizer_fits,
     sequence_fits,

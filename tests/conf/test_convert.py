@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 
 from conf.convert import from_dict, leaf_types, load_yaml, redacted, save_yaml, to_dict
 from conf.errors import UserError
-from conf.schema import DataConfig, OptimConfig, RunConfig, TrackerConfig
+from conf.schema import DataConfig, OptimConfig, RLConfig, RunConfig, TrackerConfig
 
 RUN = RunConfig("pretrain", "runs/x", optim=OptimConfig(lr=3e-6), data=DataConfig(source="files", path="ü/文.txt"))
 
 
 def test_dict_round_trip() -> None:
     assert from_dict(to_dict(RUN)) == RUN
+
+
+def test_lists_come_back_as_they_went(tmp_path: Path) -> None:
+    run = RunConfig("grpo", "runs/x", rl=RLConfig(tasks=("words:2", "sorting")))
+    save_yaml(run, tmp_path / "config.yaml")
+    assert from_dict(to_dict(run)) == run == load_yaml(tmp_path / "config.yaml")
+    assert "- words:2\n" in (tmp_path / "config.yaml").read_text()
 
 
 def test_yaml_round_trip_leaves_one_file(tmp_path: Path) -> None:
@@ -53,6 +60,11 @@ def test_defaults_fill_what_a_dict_leaves_out() -> None:
         ({"stage": "sft", "output_dir": "x", "optim": {"clip": True}}, "wrong type bool"),
         ({"stage": "sft", "output_dir": "x", "data": {"path": ["a"]}}, "data.path=['a']"),
         ({"stage": "sft", "output_dir": "x", "data": {"source": None}}, "data.source=null"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"tasks": "words"}}, "rl.tasks takes a list of strings"),
+        (
+            {"stage": "sft", "output_dir": "x", "rl": {"tasks": ["words", 2]}},
+            "rl.tasks=['words', 2] has",
+        ),
     ],
 )
 def test_wrong_dicts_are_refused_by_name(values: dict[str, object], part: str) -> None:

@@ -53,6 +53,23 @@ def test_every_kind_of_override_reaches_its_field() -> None:
     assert "data.seq_len" not in loaded.overrides
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("words", ("words",)),
+        ("words:2,sorting", ("words:2", "sorting")),
+        ("[words:2, sorting]", ("words:2", "sorting")),
+        ("['words:2',\"sorting\"]", ("words:2", "sorting")),
+        ("a'b", ("a'b",)),
+        ("", ()),
+        ("[]", ()),
+        ("null", ()),
+    ],
+)
+def test_a_list_is_names_with_commas(text: str, names: tuple[str, ...]) -> None:
+    assert load([GRPO, f"rl.tasks={text}"]).config.rl.tasks == names
+
+
 def test_whole_number_becomes_the_float_that_the_schema_wants() -> None:
     factor = load([GRPO, "model.rope.factor=4"]).config.model.rope.factor
     assert type(factor) is float

@@ -62,6 +62,19 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.keep_selection=true",
             "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well",
         ),
+        ("rl.tasks=wrods", "rl.tasks=wrods is not known: did you mean words?"),
+        ("data.tasks=[sorting,arithmatic]", "data.tasks=arithmatic is not known: did you mean arithmetic?"),
+        ("rl.tasks=words:7", "rl.tasks=words:7 has no such level: give words:1 to words:6"),
+        ("rl.tasks=words:", "rl.tasks=words: has no such level: give words:1 to words:6"),
+        ("rl.tasks=words:0000000001", "rl.tasks=words:0000000001 has no such level: give words:1 to words:6"),
+        (
+            "rl.tasks=sorting,countdown:2",
+            "rl.outcome=exact_match cannot grade countdown, which has many right answers: give rl.outcome=task",
+        ),
+        (
+            "rl.tasks=sorting,words rl.path=x.jsonl",
+            "rl.tasks=sorting,words is not read beside rl.path=x.jsonl: leave one of them out",
+        ),
         ("rl.top_k=-1", "rl.top_k=-1 is too small: give 0 or more"),
         (
             "model.tie_word_embeddings=true",
@@ -191,6 +204,8 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         f"rl.outcome=judge rl.judge_retries=0 {JUDGE}",
         f"rl.outcome=proof {JUDGE}",
         f"rl.judge_weight=1 rl.outcome=math_verify {JUDGE}",
+        "rl.tasks=words:6,sorting,countdown:5,counting:9,arithmetic:18 rl.outcome=task",
+        "data.tasks=countdown rl.path=x.jsonl",  # the text shows them, the prompts are others
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
