@@ -1,4 +1,4 @@
-"""Prompts of RL with their reference answers: rows of a JSONL file, or additions generated here.
+"""Prompts of RL with their reference answers: rows of files or of a `datasets` set, or problems generated here.
 
 Both keep to the split by key, so a prompt held out for evaluation is trained on neither here nor in the text of an
 earlier stage (`data.split`). Any position can be reached at once: a resumed run passes `start`.
@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from data.rows import ROW_SUFFIXES, BadRows, find_files, read_rows
-from data.sources import question_key
+from data.sources import load_dataset, question_key
 from data.split import in_split
-from data.tasks import arithmetic
+from data.tasks import Problem, arithmetic, choose, heldout_problems, mixed_problems
 
 COLUMNS = ("prompt", "answer", "domain", "rubric")
+HF = "hf:"  # before the name of a `datasets` set
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,25 @@ def prompts(
     start: int = 0,
     max_bad_rows: int = 100,
     needs: Sequence[str] = ("answer",),
+    tasks: Sequence[str] = (),
+    hf_split: str = "train",
 ) -> Iterator[Prompt]:
     """Prompts of a split from number `start` on.
 
     train: no end; a file is shuffled anew every epoch. heldout: each key once, in an order of `seed`, then it ends.
-    `path` None: additions of up to `digits` digits. `needs`: the columns besides the prompt that a row must have,
-    as the reward asks for them. UserError: no file, too many malformed rows, an empty split.
+    `path` None: problems of `tasks` (TASK or TASK:LEVEL), else additions of `digits` digits; a path `hf:NAME` is a
+    `datasets` set, of which `hf_split` is read. `needs`: the columns besides the prompt that a row must have, as the
+    reward asks for them. UserError: no file, too many malformed rows, an empty split.
     """
+    if path is None and tasks:
+        chosen = choose(tasks, digits)
+        if split == "train":
+            mixed = mixed_problems(chosen, split, seed, heldout, start)
+        else:
+            mixed = islice(heldout_problems(chosen, seed, heldout), start, None)
+        for domain, problem in mixed:
+            yield _from_problem(problem, domain)
+        return
     if path is None and split == "train":
         for problem in arithmetic.problems(split, seed, digits, heldout, start):
             yield _from_problem(problem)
@@ -58,7 +72,7 @@ def prompts(
         pairs = arithmetic.heldout_pairs(digits, heldout)
         found = [_from_problem(arithmetic.make_problem(*_either_way(pair, seed))) for pair in pairs]
     else:
-        found = read_prompts(path, split, heldout, max_bad_rows, needs)
+        found = read_prompts(path, split, heldout, max_bad_rows, needs, hf_split)
     if not found:
         raise UserError(
             f"rl.path={path} with data.heldout={heldout:g} leaves no prompt in the {split} split:"
@@ -75,21 +89,43 @@ def prompts(
 
 
 def read_prompts(
-    path: str | Path, split: str, heldout: float, max_bad_rows: int = 100, needs: Sequence[str] = ("answer",)
+    path: str | Path,
+    split: str,
+    heldout: float,
+    max_bad_rows: int = 100,
+    needs: Sequence[str] = ("answer",),
+    hf_split: str = "train",
 ) -> list[Prompt]:
-    """The prompts of a split in the order of the files (.jsonl(.gz/.zst), .parquet; a file, a glob or a folder)."""
+    """The prompts of a split in the order of the files (.jsonl(.gz/.zst), .parquet; a file, a glob or a folder), or of
+    the set after `hf:`."""
     bad = BadRows(max_bad_rows)
     found = []
-    for file in find_files(str(path), "rl.path", ROW_SUFFIXES):
-        for origin, row in read_rows(file, COLUMNS, bad):
-            try:
-                prompt = _from_row(row, needs)
-            except ValueError as error:
-                bad.report(origin, str(error))
-                continue
-            if in_split(prompt.key, split, heldout):
-                found.append(prompt)
+    for origin, row in _rows(str(path), bad, needs, hf_split):
+        try:
+            prompt = _from_row(row, needs)
+        except ValueError as error:
+            bad.report(origin, str(error))
+            continue
+        if in_split(prompt.key, split, heldout):
+            found.append(prompt)
     return found
+
+
+def _rows(path: str, bad: BadRows, needs: Sequence[str], hf_split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(origin, row) of files or of a `datasets` set."""
+    if not path.startswith(HF):
+        for file in find_files(path, "rl.path", ROW_SUFFIXES):
+            yield from read_rows(file, COLUMNS, bad)
+        return
+    name = path.removeprefix(HF)
+    dataset = load_dataset(name, hf_split, f"rl.path={path}")
+    present = [column for column in COLUMNS if column in dataset.column_names]
+    missing = [column for column in ("prompt", *needs) if column not in present]
+    if missing:
+        has = ", ".join(dataset.column_names)
+        raise UserError(f"rl.path={path} has no column {' and no column '.join(missing)}: it has {has}; rename them")
+    for number, row in enumerate(dataset.select_columns(present), 1):
+        yield f"{name}[{hf_split}]:{number}", row
 
 
 def _from_row(row: Mapping[str, Any], needs: Sequence[str]) -> Prompt:
@@ -113,8 +149,8 @@ def _from_row(row: Mapping[str, Any], needs: Sequence[str]) -> Prompt:
     return Prompt(prompt, answer, domain or "general", question_key(prompt), rubric)
 
 
-def _from_problem(problem: arithmetic.Problem) -> Prompt:
-    return Prompt(problem.prompt, problem.answer, arithmetic.DOMAIN, problem.key)
+def _from_problem(problem: Problem, domain: str = arithmetic.DOMAIN) -> Prompt:
+    return Prompt(problem.prompt, problem.answer, domain, problem.key)
 
 
 def _either_way(pair: tuple[int, int], seed: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The four sources of documents: the standard library's own sources, files, a `datasets` set, generated arithmetic.
+"""The four sources of documents: the standard library's own sources, files, a `datasets` set, generated problems.
 
 A document is a text or a conversation with the key that the split goes by. Sources yield them in a fixed order; what
 cannot be read is reported with file and line (`data.rows.BadRows`). Nothing is downloaded but a set that `hf` names.
@@ -20,7 +20,7 @@ from conf.schema import DataConfig
 from data.chat import check_messages
 from data.rows import TEXT_SUFFIXES, BadRows, find_files, read_rows, read_text, suffix
 from data.split import digest, in_split
-from data.tasks import arithmetic
+from data.tasks import Problem, arithmetic, choose, mixed_problems, task_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ class Document:
 
 def question_key(question: str) -> str:
     """The key of whatever answers this question: a conversation's first user message, an RL prompt."""
-    return arithmetic.prompt_key(question) or digest(" ".join(question.split()))
+    return task_key(question) or digest(" ".join(question.split()))
 
 
 def _row_document(row: Mapping[str, Any], origin: str, text_key: str, conversations: bool) -> Document | None:
@@ -94,24 +94,38 @@ def source_files(cfg: DataConfig) -> list[Path]:
 
 
 def load_hf(cfg: DataConfig) -> Dataset:
-    """One split of a `datasets` name, of a folder `save_to_disk` wrote, or of a folder of data files."""
+    """The set that `data.path` names."""
+    assert cfg.path is not None, "validated: hf has a path"
+    return load_dataset(cfg.path, cfg.split, f"data.path={cfg.path}")
+
+
+def load_dataset(path: str, split: str, given: str) -> Dataset:
+    """One split of a `datasets` name, of a folder `save_to_disk` wrote, or of a folder of data files. `given`: the
+    setting that names it, for the error."""
     import datasets
 
-    assert cfg.path is not None, "validated: hf has a path"
     try:
-        if any((Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(cfg.path)
+        if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(cfg.path)
+            loaded = datasets.load_dataset(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # OSError: no such set, no network
         raise UserError(
-            f"data.path={cfg.path} cannot be loaded by datasets: {' '.join(str(error).split())}; check name and network"
+            f"{given} cannot be loaded by datasets: {' '.join(str(error).split())}; check name and network"
         ) from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    if cfg.split not in loaded:
-        raise UserError(f"data.split={cfg.split} is not in data.path={cfg.path}: it has {', '.join(loaded)}")
-    return loaded[cfg.split]
+    if split not in loaded:
+        raise UserError(f"data.split={split} is not in {given}: it has {', '.join(loaded)}")
+    return loaded[split]
+
+
+def generated(cfg: DataConfig, split: str, seed: int, start: int = 0) -> Iterator[Problem]:
+    """The worked problems of a split from number `start` on, forever: of `cfg.tasks`, else additions."""
+    if not cfg.tasks:
+        return arithmetic.problems(split, seed, cfg.operand_digits, cfg.heldout, start)
+    mixed = mixed_problems(choose(cfg.tasks, cfg.operand_digits), split, seed, cfg.heldout, start)
+    return (problem for _, problem in mixed)
 
 
 def documents(
@@ -124,8 +138,7 @@ def documents(
     text. UserError: nothing there, too many malformed rows, no document in the split.
     """
     if cfg.source == "synthetic":
-        problems = arithmetic.problems(split, seed, cfg.operand_digits, cfg.heldout, start)
-        for index, problem in enumerate(problems, start):
+        for index, problem in enumerate(generated(cfg, split, seed, start), start):
             messages = problem.messages(arithmetic.is_worked(index, seed, cfg.worked_share))
             yield Document(problem.key, f"synthetic:{problem.prompt}", messages=messages)
         return
@@ -167,8 +180,8 @@ def fingerprint(cfg: DataConfig) -> str:
 
 
 def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000) -> list[str]:
-    """Training text for `train:VOCAB`: a deterministic sample of the training split, with worked arithmetic where the
-    run mixes it in. Looks at no more than eight times `max_chars`."""
+    """Training text for `train:VOCAB`: a deterministic sample of the training split, with worked problems where the
+    run mixes them in. Looks at no more than eight times `max_chars`."""
     texts: list[tuple[str, str]] = []
     looked_at = 0
     if cfg.source != "synthetic":
@@ -185,6 +198,6 @@ def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000)
         if length > max_chars:
             break
     if cfg.source == "synthetic" or cfg.synthetic_share > 0:
-        worked = arithmetic.problems("train", seed, cfg.operand_digits, cfg.heldout)
+        worked = generated(cfg, "train", seed)
         sample += [f"{problem.prompt}\n{problem.working}\n{problem.answer}" for problem in islice(worked, 2000)]
     return sample

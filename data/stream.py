@@ -2,7 +2,7 @@
 
 So any rank can make any sequence, the same global step holds the same tokens under every layout, and the position in
 the data is one number. Text: the documents of an epoch in an order of their own, one after another, cut every T tokens;
-the next epoch follows without a gap. Worked arithmetic (`synthetic_share`) comes as whole sequences, spread evenly
+the next epoch follows without a gap. Worked problems (`synthetic_share`) come as whole sequences, spread evenly
 among the text's, so text keeps its full context; each holds as many whole problems as fit, each its own document.
 """
 
@@ -104,7 +104,7 @@ class TokenStream:
             if count == 0 and len(ids) > room:
                 raise UserError(
                     f"data.seq_len={room} holds no worked problem of {len(ids)} tokens:"
-                    " raise it, or lower data.operand_digits"
+                    f" raise it, or lower {'the levels of data.tasks' if self.cfg.tasks else 'data.operand_digits'}"
                 )
             if len(ids) > room or count == most:
                 return

@@ -12,31 +12,16 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from conf.errors import UserError
 from data.split import in_split, is_heldout
+from data.tasks.task import Problem, Task
 
 DOMAIN = "arithmetic"
 MAX_DIGITS = 18  # two operands come from one 256-bit hash; the bias of the modulus is below 2**-68
 MAX_DRAWS = 10_000  # draws for one problem before a split counts as empty
 ENUMERABLE_DIGITS = 2  # up to here the held-out pairs are listed, beyond they are drawn
 _PROMPT = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*=\s*\??\s*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Problem:
-    key: str  # the operands in ascending order: "38+47"
-    prompt: str  # "47+38=?"
-    answer: str  # "85"
-    working: str  # "7+8=15,4+3+1=8"
-
-    def messages(self, worked: bool = True) -> list[dict[str, str]]:
-        """The problem as a conversation: the working is the reasoning; not `worked`, the answer comes at once."""
-        return [
-            {"role": "user", "content": self.prompt},
-            {"role": "assistant", "reasoning_content": self.working if worked else "", "content": self.answer},
-        ]
 
 
 def pair_key(a: int, b: int) -> str:
@@ -118,3 +103,6 @@ def heldout_pairs(digits: int, share: float = 0.1, limit: int = 4096) -> list[tu
 def grade(answer_text: str, answer: str) -> float:
     """1.0 for exactly the answer (spaces around it aside), else 0.0."""
     return float(answer_text.strip() == answer)
+
+
+TASK = Task(DOMAIN, problem_at, prompt_key)  # its level is the number of digits

@@ -122,3 +122,21 @@ def test_the_reward_says_what_a_row_must_have(tmp_path: Path, caplog: pytest.Log
         given = islice(prompts(path, "train", 0, heldout=1e-9, max_bad_rows=bad, needs=needs), len(found))
         assert {(p.prompt, p.answer, p.rubric) for p in given} == found
     assert 'row skipped: no "rubric"' in caplog.text
+
+
+def test_a_datasets_set_of_prompts(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": f"question {n}", "answer": n, "extra": [1]} for n in range(40)]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "set"))
+    jsonl = write(tmp_path / "rows.jsonl", list(rows))
+    for split in ("train", "heldout"):
+        found, same = (list(islice(prompts(p, split, 0, heldout=0.3), 60)) for p in (f"hf:{tmp_path / 'set'}", jsonl))
+        assert found == same and found
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="has no column prompt: it has question, answer; rename them"):
+        next(prompts(f"hf:{tmp_path / 'other'}", "train", 0))
+    with pytest.raises(UserError, match="data.split=test is not in rl.path=hf:.*: it has train"):
+        next(prompts(f"hf:{tmp_path / 'set'}", "train", 0, hf_split="test"))
+    with pytest.raises(UserError, match="rl.path=hf:.*/none cannot be loaded by datasets"):
+        next(prompts(f"hf:{tmp_path / 'none'}", "train", 0))
