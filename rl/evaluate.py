@@ -107,8 +107,10 @@ def heldout_requests(context: RunContext) -> tuple[list[RolloutRequest], int]:
     """One request a held-out problem, up to `rl.eval_prompts`, and how many prompts were too long for the model."""
     config, tokenizer = context.config, context.tokenizer()
     rl, data, seed = config.rl, config.data, config.train.seed
-    share, bad, needs = data.heldout, data.max_bad_rows, needed_columns(rl)
-    source = prompts(rl.path, "heldout", seed, data.operand_digits, share, max_bad_rows=bad, needs=needs)
+    source = prompts(
+        rl.path, "heldout", seed, data.operand_digits, data.heldout, max_bad_rows=data.max_bad_rows,
+        needs=needed_columns(rl), tasks=rl.tasks or data.tasks, hf_split=data.split,
+    )  # fmt: skip
     longest = config.model.max_position_embeddings - rl.max_new_tokens
     found: list[RolloutRequest] = []
     too_long = 0

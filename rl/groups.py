@@ -75,6 +75,7 @@ def attempt_of(sample: Sample, rl: RLConfig) -> Attempt:
         finished=sample.finish_reason == "stop",
         rubric=sample.request.rubric,
         language=rl.language,
+        domain=sample.request.domain,
     )
 
 

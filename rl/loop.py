@@ -107,8 +107,10 @@ def open_prompts(context: RunContext) -> PromptStream:
     seed = config.train.seed
 
     def source(start: int) -> Iterator[Prompt]:
-        share, bad, needs = data.heldout, data.max_bad_rows, needed_columns(rl)
-        return prompts(rl.path, "train", seed, data.operand_digits, share, start=start, max_bad_rows=bad, needs=needs)
+        return prompts(
+            rl.path, "train", seed, data.operand_digits, data.heldout, start=start, max_bad_rows=data.max_bad_rows,
+            needs=needed_columns(rl), tasks=rl.tasks or data.tasks, hf_split=data.split,
+        )  # fmt: skip
 
     longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
     return PromptStream(source, lambda text: encode_prompt(asked(text, rl), tokenizer), rl, seed, longest)

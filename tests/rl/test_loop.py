@@ -256,6 +256,21 @@ def test_evaluate_measures_without_training(base: str, tmp_path: Path):
     assert {name: found[name] for name in row if name != "step"} == {k: v for k, v in row.items() if k != "step"}
 
 
+def test_a_mix_of_tasks_is_graded_by_domain(base: str, tmp_path: Path):
+    rl = replace(RL, tasks=("words", "countdown", "counting"), outcome="task", pack_len=128, prompts_per_step=8)
+    rl = replace(rl, eval_prompts=30)
+    run = config(tmp_path / "run", base, rl=rl, steps=2)
+    assert go(run) == ["finished"]
+    assert [row["reward/failed_grades"] for row in rows(tmp_path / "run")] == [0, 0]
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["domain"] for row in shown} == {"words", "countdown", "counting"}
+    run = config(tmp_path / "eval", base, "evaluate", rl)
+    run = replace(run, train=replace(run.train, eval_sequences=2), data=replace(run.data, seq_len=40))
+    assert go(run) == ["finished"]
+    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert found["reward/num_problems"] == 30 and found["reward/task"] == found["reward/accuracy"]
+
+
 def test_graders_that_always_fail_end_the_run(base: str, tmp_path: Path):
     rows_without_number = [{"prompt": f"{n}?", "answer": "no number"} for n in range(40)]
     path = tmp_path / "prompts.jsonl"

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_parts_by_value():
     assert REWARDS["format"](attempt("</think>1</think>85")) == 0.0
     assert REWARDS["format"](attempt("</think>")) == 0.0
     assert REWARDS["length"](right) == 0.25
+
+
+def test_a_task_grades_its_own():
+    def by_task(domain: str, prompt: str, answer: str, text: str) -> float:
+        return REWARDS["task"](replace(attempt(f"so</think>{text}", answer, prompt=prompt), domain=domain))
+
+    assert by_task("countdown", "make 24 from 8,3", "8*3", " 3*8 ") == 1.0
+    assert by_task("countdown", "make 24 from 8,3", "8*3", "8*3*1") == 0.0
+    assert by_task("sorting", "sort 2,1", "1,2", "1, 2") == 1.0
+    assert by_task("words", "whoever asks", "26", "26") == by_task("general", "what?", "Bern", "Bern") == 1.0
+    assert by_task("general", "make 24 from 8,3", "8*3", "3*8") == 0.0  # no task: letter by letter
+    cut = replace(attempt("so</think>8*3", "8*3", finished=False, prompt="make 24 from 8,3"), domain="countdown")
+    assert REWARDS["task"](cut) == REWARDS["task"](replace(cut, finished=True, text="8*3")) == 0.0
+    with pytest.raises(ValueError, match="'hm' is no countdown problem"):
+        by_task("countdown", "hm", "8*3", "8*3")
 
 
 def test_an_unreadable_reference_is_no_reward_zero():
