@@ -25,7 +25,7 @@ from train.optim import SkippableAdamW, parameter_groups
 from train.parallel.cp import ContextParallel
 
 PROMPTS, GROUP, NEW = 4, 3, 14
-RL = RLConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=NEW)
+RL = RLConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=NEW, record_selection=True)
 
 
 class _Alone:
