@@ -93,6 +93,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     keep_checkpoints: int = 2
+    async_save: bool = True  # checkpoints are written while training goes on, from a copy in CPU memory
     mtp_weight: float = 0.1  # lambda of DeepSeek-V3, eq. 25
     balance_weight: float = 1e-4  # alpha of DeepSeek-V3, eq. 17
     bias_update_speed: float = 1e-3  # gamma of DeepSeek-V3, sec. 2.1.2

@@ -230,9 +230,10 @@ def finish_iteration(
         state.extra["reference_step"] = state.step
     stop = distributed.max_over_ranks(float(context.stop_asked)) > 0
     if context.save_due(state.step):
-        context.save(engine, state)
+        context.settle()  # no checkpoint comes or goes while their references are counted
         if reference is not None and context.is_main:
             reference.drop_unused(saved_references(context))
+        context.save(engine, state)
     if stop and state.step < context.config.train.steps:
         context.preempt(engine, state)
 

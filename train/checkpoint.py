@@ -5,11 +5,14 @@
 
 Any number of ranks, ZeRO stage, ep and cp reads what any other wrote.
 
-A kill at any moment leaves either the older set or the newer one, and at most a `.tmp_*` that the next save removes.
+A save is two things: `take` copies what this rank holds, in the step; `write` brings it to the disk, and may do so
+while training goes on (train/saver.py). A kill at any moment leaves either the older set or the newer one, and at most
+a `.tmp_*` that the next save removes.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from conf.errors import UserError
 from train import distributed, rng, shards
@@ -41,6 +47,14 @@ class TrainState:
     extra: dict[str, Any] = field(default_factory=dict)  # of the RL loop
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a rank saves of one step. All of it copies: the steps that follow change none of it."""
+
+    state: TrainState
+    tensors: dict[str, Tensor]  # name in the rank's file -> CPU tensor
+
+
 def step_folders(checkpoints: Path) -> dict[int, Path]:
     """Step -> folder of every whole checkpoint, ascending."""
     found = {}
@@ -61,15 +75,24 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
-def save(engine: Engine, run: Path, state: TrainState, keep: int) -> None:
-    """Writes `run/checkpoints/step_N`; all ranks call it. An existing checkpoint of that step is kept as it is.
+def take(engine: Engine, state: TrainState) -> Taken:
+    """This rank's part of a checkpoint as it stands now, copied to CPU memory.
+
+    Until it is written it takes that memory a second time: 12 bytes for each value that the rank holds under AdamW.
+    """
+    state = copy.deepcopy(state)
+    state.world_size, state.frozen, state.steps_taken = distributed.world_size(), engine.frozen, engine.steps_taken
+    states = {f"rng.{distributed.rank()}.{name}": value for name, value in rng.states().items()}
+    return Taken(state, engine.state() | states)
+
+
+def write(taken: Taken, run: Path, keep: int, group: ProcessGroup | None = None) -> None:
+    """Writes `run/checkpoints/step_N`, and removes all but the `keep` newest; all ranks call it, and talk in `group`.
 
     UserError where a rank could not write (disk full): nothing of the new checkpoint is left, the older ones stay.
     """
-    checkpoints = run / "checkpoints"
+    state, checkpoints = taken.state, run / "checkpoints"
     final, partial = checkpoints / f"step_{state.step}", checkpoints / f".tmp_step_{state.step}"
-    if final.exists():
-        return
     main = distributed.rank() == 0
 
     def prepare() -> None:
@@ -78,15 +101,11 @@ def save(engine: Engine, run: Path, state: TrainState, keep: int) -> None:
                 shutil.rmtree(stale)
             partial.mkdir(parents=True)
 
-    def write() -> shards.Written:
-        states = {f"rng.{distributed.rank()}.{name}": value for name, value in rng.states().items()}
-        written = shards.write(partial, distributed.rank(), engine.state() | states)
-        _sync(partial / written.name)
-        return written
+    def write_mine() -> shards.Written:
+        return shards.write(partial, distributed.rank(), taken.tensors)
 
-    def finish() -> None:
+    def commit() -> None:
         if main:
-            state.world_size, state.frozen, state.steps_taken = distributed.world_size(), engine.frozen, steps_taken
             state.files = [each.plain() for each in files]
             (partial / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
             _sync_tree(partial)
@@ -94,22 +113,21 @@ def save(engine: Engine, run: Path, state: TrainState, keep: int) -> None:
             _sync(checkpoints)
             _point_latest(checkpoints, final.name)
             for old in list(step_folders(checkpoints).values())[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
 
-    steps_taken = engine.steps_taken
-    _all(prepare, partial)
-    files = _all(write, partial)
-    _all(finish, partial)
+    _all(prepare, partial, group)
+    files = _all(write_mine, partial, group)
+    _all(commit, partial, group)
 
 
-def _all(work: Callable[[], T], partial: Path) -> list[T]:
+def _all(work: Callable[[], T], partial: Path, group: ProcessGroup | None) -> list[T]:
     """`work` on every rank -> what each returned. UserError on all of them where one met an OSError."""
     found, error = None, None
     try:
         found = work()
     except OSError as fault:
         error = f"{fault.strerror} ({fault.filename or partial})"
-    answers = distributed.gather_objects((found, error))
+    answers = distributed.gather_objects((found, error), group)
     errors = [text for _, text in answers if text]
     if errors:
         if distributed.rank() == 0:
@@ -177,6 +195,13 @@ def _point_latest(checkpoints: Path, name: str) -> None:
     _sync(partial)
     partial.replace(checkpoints / "latest")
     _sync(checkpoints)
+
+
+def _remove(old: Path) -> None:
+    """Out of the whole ones first: a kill in the middle leaves no half of a checkpoint under its name."""
+    partial = old.with_name(f".tmp_{old.name}")
+    old.rename(partial)
+    shutil.rmtree(partial)
 
 
 def _sync(path: Path) -> None:

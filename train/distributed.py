@@ -89,8 +89,16 @@ def max_over_ranks(value: float) -> float:
     return float(held)
 
 
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, by rank; small plain objects."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, by rank; small plain objects. `group`: a `side_group`, beside the main thread."""
     found: list[T] = [value] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
+
+
+def side_group() -> dist.ProcessGroup:
+    """All ranks once more, for one thread beside the main one: its collectives cannot meet those of the training.
+
+    gloo, for what is exchanged lies in CPU memory. All ranks call it.
+    """
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)

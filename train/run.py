@@ -34,6 +34,7 @@ from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
 from train.parallel.zero3 import Zero3
 from train.progress import Progress
+from train.saver import Saver
 from train.stages import STAGES
 from train.start import check_offload, differences, op_settings, resolve, weights_folder
 from train.tracker import Tracker, make_tracker
@@ -43,6 +44,7 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.async_save",
     "train.hang_limit_s",
     "train.micro_batches",  # where a step takes as many sequences as before
     "rl.judge_url",  # the same model may be served elsewhere after a restart, and a budget may be raised
@@ -81,7 +83,8 @@ class RunContext:
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.watchdog = Watchdog(self.folder, distributed.rank(), config.train.hang_limit_s)
-        self.stop_asked = False
+        self.saver = Saver(self.folder, config.train.keep_checkpoints, config.train.async_save)
+        self._signalled = False
         self.writer: MetricsWriter | None = None
         self.tracker = Tracker()
         self._tokenizer: Any = None
@@ -104,13 +107,22 @@ class RunContext:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.watchdog.__exit__()
+        lost = self.saver.close()  # in flight only where a fault ends the run
+        if lost is not None:
+            self.say(lost)
         if self.writer is not None:
             self.writer.close()
         self.tracker.finish(0 if kind is None else 1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _ask_stop(self, *_: object) -> None:
-        self.stop_asked = True
+        self._signalled = True
+
+    @property
+    def stop_asked(self) -> bool:
+        """This rank wants all to stop after the step: it got SIGTERM, or knows that a save failed, which `preempt`
+        raises."""
+        return self._signalled or self.saver.failed
 
     # What the run starts from
 
@@ -242,12 +254,30 @@ class RunContext:
         return step % self.config.train.save_every == 0 or step >= self.config.train.steps
 
     def save(self, engine: Engine, state: TrainState) -> None:
+        """Saves the step, under `train.async_save` while the next ones run; the last one is whole when it returns.
+
+        UserError on all ranks where this save, or the one before it, could not be written.
+        """
         state.guard = self.guard.state()
-        checkpoint.save(engine, self.folder, state, self.config.train.keep_checkpoints)
+        self.watchdog.rest()  # the save before may be in flight
+        self.saver.save(engine, state)
+        if state.step >= self.config.train.steps:
+            self.settle()
+        self.watchdog.beat(f"the save of step {state.step}")
+
+    def settle(self) -> None:
+        """Waits until no save is in flight; raises what went wrong with it, on all ranks alike.
+
+        The watchdog rests, for a large checkpoint on a slow disk is no hang; the other ranks wait for a rank's file no
+        longer than `distributed.TIMEOUT`.
+        """
+        self.watchdog.rest()
+        self.saver.wait()
 
     def preempt(self, engine: Engine, state: TrainState) -> None:
         """Saves, writes `preempted` and ends the process; all ranks call it after the same step."""
         self.save(engine, state)
+        self.settle()
         if self.is_main:
             (self.folder / "preempted").write_text(f"step {state.step}\n", encoding="utf-8")
         self.say(f"stopped by SIGTERM after step {state.step}: start the same command to go on")

@@ -9,8 +9,10 @@ pickles; these are safetensors.
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,11 @@ from torch import Tensor
 
 from conf.errors import UserError
 
-READ = 1 << 24  # bytes at once for a checksum
+BLOCK = 1 << 24  # bytes written or read at once
+DTYPES = {  # of what is saved -> safetensors' name
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,37 @@ def key_of(name: str, start: int, kind: str) -> str:
 
 
 def write(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> Written:
-    """This rank's file; OSError where it cannot be written. The caller syncs it."""
-    from safetensors.torch import save
+    """This rank's file, on the disk when it returns; OSError where it cannot be written.
 
-    content = save(dict(tensors))
+    Not by safetensors' `save`, which makes the whole file in memory first, nor by its `save_file`, which reports a full
+    disk as an error of its own kind and leaves the checksum to a second reading.
+    """
     path = folder / f"rank_{rank:05d}.safetensors"
-    path.write_bytes(content)
-    return Written(path.name, len(content), zlib.crc32(content))
+    num_bytes = crc32 = 0
+    with open(path, "wb") as file:
+        for block in _blocks(tensors):
+            file.write(block)
+            num_bytes, crc32 = num_bytes + len(block), zlib.crc32(block, crc32)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(path.name, num_bytes, crc32)
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: the length of the header (8 bytes), the header, the data without a copy."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each lies aligned
+    header, end = {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        data = tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK):
+            yield data[start : start + BLOCK]
 
 
 def damage(folder: Path, written: Written) -> str | None:
@@ -66,7 +96,7 @@ def damage(folder: Path, written: Written) -> str | None:
         return f"{path} has {path.stat().st_size} bytes and {written.num_bytes} were written"
     found = 0
     with open(path, "rb") as file:
-        while block := file.read(READ):
+        while block := file.read(BLOCK):
             found = zlib.crc32(block, found)
     return None if found == written.crc32 else f"{path} does not have the checksum that it was written with"
 

@@ -64,7 +64,7 @@ def train_a_step(run: str) -> dict[str, list[float]]:
     out = engine.forward(**inputs, attention="dense", indexer_loss="dense", lm_loss=False, trunk_grad=False)
     engine.backward(out.indexer_kl.sum(), last=True)
     engine.step({"indexer": 1e-2, "trunk": 0.0})
-    checkpoint.save(engine, Path(run), TrainState(step=1), keep=2)
+    checkpoint.write(checkpoint.take(engine, TrainState(step=1)), Path(run), keep=2)
     return {name: tensor.flatten().tolist() for name, tensor in net.state_dict().items()}
 
 

@@ -52,8 +52,8 @@ def test_sigkill_and_resume_end_in_the_same_bits(tmp_path: Path) -> None:
     done = finish(tmp_path, *command(whole, *SMALL))
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(command(killed, *SMALL), cwd=tmp_path, stderr=subprocess.DEVNULL)
-    metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 6:
+    metrics, saved, deadline = killed / "metrics.jsonl", killed / "checkpoints/step_4", time.monotonic() + 120
+    while not saved.exists() or metrics.read_bytes().count(b"\n") < 6:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -86,6 +86,32 @@ def test_a_fault_leaves_its_traceback_and_one_line(
     assert stage.main([f"output_dir={tmp_path}", "+stage=sft"]) == 1
     assert capsys.readouterr().err == "RuntimeError: disk on fire (see error.txt in the run's folder)\n"
     assert "Traceback" in (tmp_path / "error.txt").read_text()
+
+
+STUCK = """
+import sys, time
+import train.loop, train.saver
+from launch.stage import main
+from train import shards
+
+def fault(context, *_):
+    if context.saver._thread:
+        raise RuntimeError("elsewhere")
+    return {}
+
+train.saver.CLOSE_S = 0.5
+shards.write = lambda *_: time.sleep(600)
+train.loop.metrics_row = fault
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stuck_save_does_not_keep_a_process_from_ending(tmp_path: Path) -> None:
+    arguments = [*SMALL, "train.save_every=1", f"output_dir={tmp_path / 'run'}"]
+    start = time.monotonic()
+    done = finish(Path(ENTRY).parents[1], sys.executable, "-c", STUCK, *arguments)
+    assert done.returncode == 1 and time.monotonic() - start < 100
+    assert done.stderr.splitlines()[-1] == "RuntimeError: elsewhere (see error.txt in the run's folder)"
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError("no"), 2), (RuntimeError("no"), 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from data.tokenizer import load_tokenizer
 from model import save_pretrained
 from tests.distributed.helper import run_ranks
 from tests.train import runs, tiny
-from train.checkpoint import newest
+from train import shards
+from train.checkpoint import newest, step_folders
 from train.flops import trunk_weights
 from train.run import open_run
 
@@ -100,13 +102,15 @@ def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
 
     def die(iteration: int) -> None:
         if iteration == 5:
+            runs.wait_for(saved)  # it may still be in flight
             os._exit(9)
 
+    saved = tmp_path / "killed/checkpoints/step_4"
     whole, killed = (config(tmp_path / name, base, rl=FULL) for name in ("whole", "killed"))
     assert go(whole, 2) == ["finished"] * 2
     with pytest.raises(AssertionError):
         go(killed, 2, die)
-    assert newest(tmp_path / "killed") == tmp_path / "killed/checkpoints/step_4"
+    assert newest(tmp_path / "killed") == saved
     assert go(killed, 2) == ["finished"] * 2
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
@@ -116,6 +120,27 @@ def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
     assert costs == sorted(costs) and costs[-1] > 5 * costs[0] and found[-1]["flops/reference"] > 0
     assert "flops/rl_over_pretrain" not in found[0]  # nobody said what made the base
     references = sorted(path.name for path in (tmp_path / "whole" / "reference").iterdir())
+    assert references == ["step_3.safetensors", "step_6.safetensors"]
+
+
+def test_a_save_in_flight_keeps_its_reference(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Iteration 6 takes another reference while step 4, which needs that of iteration 3, is still being written."""
+    real = shards.write
+
+    def write(folder: Path, rank: int, tensors: dict) -> object:
+        if folder.name == ".tmp_step_4":
+            runs.wait_for(tmp_path / "six")
+            time.sleep(2.0)
+        return real(folder, rank, tensors)
+
+    def hook(iteration: int) -> None:
+        if iteration == 6:
+            (tmp_path / "six").touch()
+
+    monkeypatch.setattr(shards, "write", write)
+    assert go(config(tmp_path / "run", base, rl=FULL), hook=hook) == ["finished"]
+    assert list(step_folders(tmp_path / "run/checkpoints")) == [4, 6]
+    references = sorted(path.name for path in (tmp_path / "run/reference").iterdir())
     assert references == ["step_3.safetensors", "step_6.safetensors"]
 
 

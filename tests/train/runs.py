@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,14 +94,24 @@ def go(run: RunConfig, world: int = 1, hook: Hook | None = None, overrides: froz
     return run_ranks(_run, world, run, hook, overrides)
 
 
-def die_at(index: int) -> Hook:
-    """Ends the process as kill -9 would when it asks for the global sequence `index`."""
+def die_at(index: int, saved: Path | None = None) -> Hook:
+    """Ends the process as kill -9 would when it asks for the global sequence `index`, but not before the checkpoint
+    `saved`, which may be in flight then, is whole."""
 
     def hook(asked: int) -> None:
         if asked == index:
+            if saved is not None:
+                wait_for(saved)
             os._exit(9)
 
     return hook
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} is not there after {seconds:.0f} s"
+        time.sleep(0.002)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -113,18 +124,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "model.safetensors")
 
 
+def assert_same_checkpoint(one: Path, other: Path, but: str = "rng.") -> None:
+    """The same state and tensors, `but` those whose names hold that."""
+    states = [read_state(folder) for folder in (one, other)]
+    names = [file["name"] for file in states[0].files]
+    assert replace(states[0], files=[]) == replace(states[1], files=[])
+    for name in names:
+        first, second = (load_file(folder / name) for folder in (one, other))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first if but not in key)
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit-equal metrics, weights and state; the random states of Python are each process's own."""
     assert rows(one) == rows(other)
     ends = [newest(folder) for folder in (one, other)]
     assert ends[0] and ends[1]
-    states = [read_state(end) for end in ends]
-    names = [file["name"] for file in states[0].files]
-    assert replace(states[0], files=[]) == replace(states[1], files=[])
-    for name in names:
-        first, second = (load_file(end / name) for end in ends)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first if not key.startswith("rng."))
+    assert_same_checkpoint(ends[0], ends[1])
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
