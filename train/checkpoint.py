@@ -43,6 +43,7 @@ class TrainState:
     frozen: int = 0  # checksum of the weights that do not train, which checkpoints leave out
     steps_taken: int = 0  # by the optimiser
     sequences: int = 0  # that a step takes
+    model: dict[str, Any] = field(default_factory=dict)  # ModelConfig
     files: list[dict[str, Any]] = field(default_factory=list)  # shards.Written of every rank
     extra: dict[str, Any] = field(default_factory=dict)  # of the RL loop
 

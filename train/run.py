@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from conf.convert import load_yaml, save_yaml, to_dict
 from conf.errors import UserError
 from conf.schema import RunConfig
-from conf.validate import check, warnings
+from conf.validate import check, flatten, warnings
 from model import Transformer
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
@@ -195,7 +196,8 @@ class RunContext:
     def restore(self, engine: Engine) -> TrainState:
         """The state to go on from, with weights and optimiser in place; a fresh one where there is no checkpoint."""
         if self.resumed is None:
-            return TrainState(sequences=self.sequences)
+            return TrainState(sequences=self.sequences, model=asdict(self.config.model))
+        self._refuse_other_model(self.resumed)
         if self.stage.runner == "train":
             self._refuse_other_steps(self.resumed)
         state = checkpoint.restore(engine, self.resumed)
@@ -207,6 +209,12 @@ class RunContext:
     def sequences(self) -> int:
         """Packed sequences that a step takes."""
         return self.cp.replicas * self.config.train.micro_batches
+
+    def _refuse_other_model(self, resumed: Path) -> None:
+        there, here = (flatten(model) for model in (checkpoint.read_state(resumed).model, asdict(self.config.model)))
+        odd = [f"model.{key}={here[key]} (there {there.get(key)})" for key in here if here[key] != there.get(key)]
+        if odd:
+            raise UserError(f"{resumed} belongs to another architecture: {', '.join(odd)}; give another output_dir")
 
     def _refuse_other_steps(self, resumed: Path) -> None:
         wrote, replicas = checkpoint.read_state(resumed).sequences, self.cp.replicas

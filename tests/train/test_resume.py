@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_finished_run_is_not_run_again_and_can_be_extended(tmp_path: Path) -> No
     [
         ({"seed": 3}, r"train.seed=3 \(was 0\)"),
         ({"optim": runs.OptimConfig(lr=0.5, warmup_steps=2)}, r"optim.lr=0.5 \(was 0.003\)"),
+        ({"model": replace(runs.MODEL, hidden_size=64)}, r"model.hidden_size=64 \(was 32\)"),
         ({"resume": "never"}, "holds a run and resume=never"),
         ({"stage": "sft"}, "holds a run of stage pretrain"),
     ],
@@ -111,6 +113,26 @@ def test_another_run_in_the_same_folder_is_refused(changes: dict, named: str, ba
     (message,) = run_ranks(attempt, 1)
     assert re.search(named, message), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 16},
+        {"hidden_size": 64},
+        {"num_hidden_layers": 3},
+        {"n_routed_experts": 8},
+        {"routed_scaling_factor": 2.0},  # no tensor shows it
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(change: dict, base: str, tmp_path: Path) -> None:
+    """As where somebody copies checkpoints into the folder of another run."""
+    run = runs.config(tmp_path / "run", model=replace(runs.MODEL, **change))
+    shutil.copytree(Path(base) / "checkpoints", tmp_path / "run/checkpoints")
+    (key, value), old = *change.items(), getattr(runs.MODEL, next(iter(change)))
+    refusal = rf"(?m)UserError: .*step_6 belongs to another architecture: model.{key}={value} \(there {old}\); give .*$"
+    with pytest.raises(AssertionError, match=refusal):
+        runs.go(run)
 
 
 LAYOUTS = {  # name -> (processes, ParallelConfig, micro-batches of four sequences a step)
