@@ -10,6 +10,7 @@ answered at once.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a 
 from conf.errors import UserError  # noqa: E402  (needs the path above)
 
 USER_MISTAKE, FAULT = 2, 1
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, or closed to this user
 GRACE_S = 5.0  # the launcher ends rank 0 as soon as another rank has ended: first it may write the reason
 
 
@@ -58,6 +60,16 @@ def output_dir(argv: list[str]) -> Path | None:
     return Path("runs") / given["stage"] if given.get("stage", "").isidentifier() else None
 
 
+def mistake_in(error: Exception) -> str | None:
+    """The one line of what the user has to set right; None for a fault."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: make room or give the permission there, and start again"
+    return None
+
+
 def report(argv: list[str], rank: int, line: str, details: str) -> None:
     """The reason of a failure: `line` on rank 0's stderr, `details` into the run's folder."""
     folder = output_dir(argv)
@@ -69,8 +81,8 @@ def report(argv: list[str], rank: int, line: str, details: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ("error.txt" if rank == 0 else f"error_rank_{rank}.txt")).write_text(details + "\n", encoding="utf-8")
     except OSError as error:
-        if rank == 0:
-            print(f"{folder}/error.txt cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        if rank == 0 and details != line:  # else stderr has all there is to say
+            print(f"{folder}/error.txt cannot be written: {error.strerror}\n{details}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -80,16 +92,17 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=level)
     try:
         run(argv)
-    except UserError as error:
-        if rank != 0:
-            time.sleep(GRACE_S)  # a mistake that all ranks see is rank 0's to tell
-        folder = output_dir(argv)
-        if rank == 0 or (folder is not None and not (folder / "error.txt").exists()):
-            report(argv, rank, str(error), str(error))
-        return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the process boundary: whatever it is, it is written down
+        mistake = mistake_in(error)
+        if mistake is not None:
+            if rank != 0:
+                time.sleep(GRACE_S)  # a mistake that all ranks see is rank 0's to tell
+            folder = output_dir(argv)
+            if rank == 0 or (folder is not None and not (folder / "error.txt").exists()):
+                report(argv, rank, mistake, mistake)
+            return USER_MISTAKE
         reason = " ".join(str(error).split())[:500]
         line = f"{type(error).__name__}: {reason} (see error.txt in the run's folder)"
         report(argv, rank, line, traceback.format_exc())

@@ -232,13 +232,18 @@ def _write_weights(
     max_bytes: int,
     progress: Callable[[list[list[Planned]]], Iterable[list[Planned]]],
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     files = shards(planned, max_bytes)
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(progress(files), 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file({tensor.name: tensor.make() for tensor in tensors}, folder / name, metadata={"format": "pt"})
+        try:
+            save_file({tensor.name: tensor.make() for tensor in tensors}, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # its kind for a full disk too
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder / name} could not be written ({reason}): make room and start again") from error
         weight_map |= {tensor.name: name for tensor in tensors}
     if len(files) > 1:
         total = sum(tensor.num_bytes for tensor in planned)

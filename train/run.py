@@ -94,17 +94,28 @@ class RunContext:
         signal.signal(signal.SIGTERM, self._ask_stop)
         if self.config.train.threads:
             torch.set_num_threads(self.config.train.threads)
+        hindrance = None
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in [*self.folder.glob("error*.txt"), *self.folder.glob("preempted")]:
-                stale.unlink()
-            save_yaml(self.config, self.folder / "config.yaml")
-            step = None if self.resumed is None else checkpoint.read_state(self.resumed).step
-            self.writer = MetricsWriter(self.folder, step)
-            self.tracker = make_tracker(self.config.tracker, self.folder, to_dict(self.config), resume=step is not None)
-        distributed.barrier()
+            try:
+                self._open_folder()
+            except OSError as error:
+                hindrance = f"{error.strerror} ({error.filename or self.folder})"
+        (hindrance, *_) = distributed.gather_objects(hindrance)
+        if hindrance is not None:
+            raise UserError(f"output_dir={self.folder} cannot be written, {hindrance}: give another one")
+        if self.is_main:
+            goes_on = self.resumed is not None
+            self.tracker = make_tracker(self.config.tracker, self.folder, to_dict(self.config), resume=goes_on)
         self.watchdog.__enter__()
         return self
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*self.folder.glob("error*.txt"), *self.folder.glob("preempted")]:
+            stale.unlink()
+        save_yaml(self.config, self.folder / "config.yaml")
+        step = None if self.resumed is None else checkpoint.read_state(self.resumed).step
+        self.writer = MetricsWriter(self.folder, step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.watchdog.__exit__()

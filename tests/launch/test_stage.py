@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -86,6 +87,27 @@ def test_a_fault_leaves_its_traceback_and_one_line(
     assert stage.main([f"output_dir={tmp_path}", "+stage=sft"]) == 1
     assert capsys.readouterr().err == "RuntimeError: disk on fire (see error.txt in the run's folder)\n"
     assert "Traceback" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_full_disk_anywhere_is_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "run", broken(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "file"):  # the second takes no error.txt
+        assert stage.main([f"output_dir={folder}", "+stage=sft"]) == 2
+        line = "metrics.jsonl: No space left on device: make room or give the permission there, and start again\n"
+        assert capsys.readouterr().err == line
+    assert (tmp_path / "error.txt").read_text() == line
+
+
+def test_a_fault_that_cannot_be_written_down_is_told_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "run", broken(RuntimeError("no")))
+    (tmp_path / "file").touch()
+    assert stage.main([f"output_dir={tmp_path / 'file'}", "+stage=sft"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 STUCK = """
