@@ -2,6 +2,7 @@
 
 A dict may leave out a field that has a default; it may not hold one that the schema lacks. `int` is taken where `float`
 is wanted and nothing else is converted: `bool` is no `int`, "3" is no number, null only where the schema says `| None`.
+A field of `dict[str, X]` holds values under names of the user's choice, each checked as an X.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple and get_args(hint) == (str, ...)
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether a field holds values under names of the user's choice: `dict[str, float]`."""
+    return get_origin(hint) is dict
+
+
 def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
     """The end of an unknown key's error: the same name in another section, else the nearest spelling, else what exists.
 
@@ -55,6 +61,8 @@ def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
     """
     leaves = [leaf for leaf in leaf_types() if leaf != "stage"]  # set by +stage=S alone
     section, _, last = key.rpartition(".")
+    if is_mapping(leaf_types().get(section)):
+        return f"its names are given together, {section}={{{last}: VALUE}}"
     inside = [leaf for leaf in leaves if leaf.startswith(key + ".")]
     if inside:
         return f"it is a section, set one of its keys: {', '.join(inside)}"
@@ -76,6 +84,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if isinstance(value, list | tuple) and all(type(item) is str for item in value):
             return tuple(value)
         raise UserError(f"{key}={value!r:.80} has the wrong type {type(value).__name__}: {key} takes a list of strings")
+    if is_mapping(hint):
+        return _checked_mapping(key, value, get_args(hint)[1])
     accepted = accepted_types(hint)
     assert set(accepted) <= {int, float, str, bool, types.NoneType}, f"{key}: no check for {hint} yet"
     if type(value) in accepted and not (isinstance(value, float) and not math.isfinite(value)):
@@ -85,6 +95,15 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     wanted = " or ".join(_NOUNS.get(kind, "null") for kind in accepted)
     shown = "null" if value is None else repr(value)
     raise UserError(f"{key}={shown[:80]} has the wrong type {type(value).__name__}: {key} takes {wanted}")
+
+
+def _checked_mapping(key: str, value: Any, hint: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r:.80} is no mapping: give {key}={{NAME: VALUE, ...}}")
+    for name in value:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{key} has the name {name!r:.80}, which is no text: give another")
+    return {name: _checked(f"{key}.{name}", inner, hint) for name, inner in value.items()}
 
 
 def _build(cls: type[T], values: Any, prefix: str) -> T:

@@ -26,6 +26,7 @@ from conf.convert import (
     accepted_types,
     from_dict,
     is_list,
+    is_mapping,
     leaf_types,
     load_yaml,
     redacted,
@@ -101,7 +102,7 @@ def _value_override(arg: str, key: str, text: str, hint: Any) -> str:
         raise UserError(f"{arg}: the value of {key} cannot be read ({_one_line(error)}): give a plain value") from error
     if parsed.is_sweep_override():
         raise UserError(f"{arg}: a run takes one value for {key}: start one run for each value")
-    return f"{key}={text}"
+    return f"++{key}={text}" if is_mapping(hint) else f"{key}={text}"  # its names are new to Hydra
 
 
 def _checked_override(arg: str) -> tuple[str, str]:

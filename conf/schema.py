@@ -158,6 +158,8 @@ class RLConfig:
     tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL, mixed, where there is no path; none: data.tasks
     prompts_per_step: int = 16  # prompts of the whole world in an iteration
     group_size: int = 8  # G: samples a prompt
+    dynamic_sampling: bool = False  # groups of equal rewards are replaced by those of further prompts
+    max_resample: int = 3  # rounds of further prompts in an iteration; what is still equal then stays
     mini_batches: int = 1  # optimiser steps an iteration
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -169,7 +171,11 @@ class RLConfig:
     record_selection: bool = False  # for mismatch/index_overlap; 4 x layers x index_topk bytes a token (V3.2: 500 KB)
     clip_low: float = 0.2
     clip_high: float = 0.2
+    loss_mean: str = "sequence"  # sequence (a mean a sequence, then over sequences: eq. 5) | token (over all tokens)
+    old_logprobs: str = "sampler"  # whose log-probs pi_old is: the sampler's | the trainer's, before the first step
+    importance_cap: float | None = None  # C of the weight min(pi_old / pi_sampler, C); needs old_logprobs=trainer
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
+    domain_beta: dict[str, float] = field(default_factory=dict)  # and in the domains that have their own: {math: 0}
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
@@ -198,6 +204,14 @@ class RLConfig:
     @property
     def needs_judge(self) -> bool:
         return self.outcome in ("judge", "proof") or self.judge_weight > 0
+
+    def beta_of(self, domain: str) -> float:
+        """Strength of the KL to the reference for a prompt of this domain."""
+        return self.domain_beta.get(domain, self.beta)
+
+    @property
+    def needs_reference(self) -> bool:
+        return max(self.beta, *self.domain_beta.values(), 0.0) > 0
 
 
 @dataclass(frozen=True)

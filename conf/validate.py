@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from conf.convert import to_dict
+from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import STAGES, TASK_LEVELS, RunConfig
 
@@ -34,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.outcome": ("exact_match", "math_verify", "task", "judge", "proof"),
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
+    "rl.loss_mean": ("sequence", "token"),
+    "rl.old_logprobs": ("sampler", "trainer"),
 }
 
 MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
@@ -75,6 +77,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "rl.top_p": "(0, 1]",
     "rl.clip_low": "(0, 1]",
     "rl.clip_high": "(0, inf)",
+    "rl.importance_cap": "(0, inf)",
     "rl.length_penalty": "[0, inf)",
     "rl.reward_timeout_s": "(0, inf)",
     "rl.judge_timeout_s": "(0, inf)",
@@ -90,11 +93,22 @@ BYTE_LEVEL_FLOOR = 256 + 7  # a trained tokenizer holds every byte and seven spe
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """{"a": {"b": 1}} -> {"a.b": 1}, down to the schema's fields: one that holds a mapping keeps it whole."""
+    leaves = leaf_types()
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        key = prefix + name
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) and key not in leaves else {key: value}
     return flat
+
+
+def single_values(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
+    """(the field's key, the key as it is shown, value) of every value, one by one where a field holds a mapping."""
+    for key, value in flatten(to_dict(config)).items():
+        if isinstance(value, dict):
+            yield from ((key, f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, key, value
 
 
 def contains(interval: str, value: float) -> bool:
@@ -113,15 +127,15 @@ def known_names(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def numbers_in_range(config: RunConfig, world_size: int) -> Iterator[str]:
-    for key, value in flatten(to_dict(config)).items():
+    for key, shown, value in single_values(config):
         if type(value) is int:
             least = 0 if key in MAY_BE_ZERO else 1
             if value < least:
-                yield f"{key}={value} is too small: give {least} or more"
+                yield f"{shown}={value} is too small: give {least} or more"
         elif type(value) is float:
             interval = INTERVALS.get(key, "[0, inf)")
             if not contains(interval, value):
-                yield f"{key}={value:g} is outside {interval}: give a value inside"
+                yield f"{shown}={value:g} is outside {interval}: give a value inside"
 
 
 def supported(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -360,6 +374,15 @@ def judge_url_is_safe(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.judge_url={url} holds the path that is added to it: give rl.judge_url={base}"
 
 
+def rl_weights(config: RunConfig, world_size: int) -> Iterator[str]:
+    cap = config.rl.importance_cap
+    if config.stage == "grpo" and cap is not None and config.rl.old_logprobs == "sampler":
+        yield (
+            f"rl.importance_cap={cap:g} has nothing to weigh with rl.old_logprobs=sampler, where pi_old is the"
+            " sampler's own: add rl.old_logprobs=trainer, or give rl.importance_cap=null"
+        )
+
+
 def index_fits_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
     width = config.model.index_head_dim
     if config.ops.fp8_index and (width > 128 or width & (width - 1)):
@@ -393,6 +416,7 @@ RULES: tuple[Rule, ...] = (
     rl_rewards,
     judge_is_given,
     judge_url_is_safe,
+    rl_weights,
 )
 
 

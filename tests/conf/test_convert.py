@@ -42,6 +42,13 @@ def test_yaml_round_trip_of_any_value(tmp_path_factory: pytest.TempPathFactory, 
     assert load_yaml(path) == run
 
 
+def test_a_mapping_stands_in_yaml_and_comes_back(tmp_path: Path) -> None:
+    run = RunConfig("grpo", "runs/x", rl=RLConfig(domain_beta={"math": 0.0, "文": 1e-3}))
+    save_yaml(run, tmp_path / "config.yaml")
+    assert "  domain_beta:\n    math: 0.0\n" in (tmp_path / "config.yaml").read_text()
+    assert load_yaml(tmp_path / "config.yaml") == run
+
+
 def test_defaults_fill_what_a_dict_leaves_out() -> None:
     assert from_dict({"stage": "sft", "output_dir": "x"}) == RunConfig("sft", "x")
 
@@ -65,6 +72,9 @@ def test_defaults_fill_what_a_dict_leaves_out() -> None:
             {"stage": "sft", "output_dir": "x", "rl": {"tasks": ["words", 2]}},
             "rl.tasks=['words', 2] has",
         ),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": [0.1]}}, "rl.domain_beta=[0.1] is no mapping"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": {"": 0.1}}}, "rl.domain_beta has the name ''"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": {"a": True}}}, "rl.domain_beta.a=True"),
     ],
 )
 def test_wrong_dicts_are_refused_by_name(values: dict[str, object], part: str) -> None:

@@ -79,6 +79,12 @@ def test_null_switches_an_optional_value_off() -> None:
     assert load([GRPO, "tracker.run_name=null", "optim.lr=null"]).config.tracker.run_name is None
 
 
+def test_a_mapping_takes_names_of_the_users_choice() -> None:
+    beta = load([GRPO, "rl.domain_beta={math: 0, agent_2: 1e-3}"]).config.rl.domain_beta
+    assert beta == {"math": 0.0, "agent_2": 0.001} and all(type(value) is float for value in beta.values())
+    assert load([GRPO]).config.rl.domain_beta == {}
+
+
 @pytest.mark.parametrize(
     "path",
     ["~/a b", "runs/(1),2", "it's", "trailing\\", "a=b", "2024", "true", "src/**/*.py", "[x]", "{a:1}", "é/日"],
@@ -124,6 +130,13 @@ def test_environment_and_other_keys_can_be_interpolated(monkeypatch: pytest.Monk
         ("train.steps", ["key=value"]),
         ("--help", ["key=value"]),
         ("~train.steps", ["key=value"]),
+        ("rl.domain_beta=3", ["rl.domain_beta=3 is no mapping", "give rl.domain_beta={NAME: VALUE, ...}"]),
+        ("rl.domain_beta=null", ["no mapping"]),
+        ("rl.domain_beta={math: x}", ["rl.domain_beta.math='x'", "a finite number"]),
+        ("rl.domain_beta={math: nan}", ["rl.domain_beta.math=nan", "finite"]),
+        ("rl.domain_beta={math: {a: 1}}", ["rl.domain_beta.math={'a': 1}", "wrong type dict"]),
+        ("rl.domain_beta={1: 2}", ["rl.domain_beta has the name 1", "no text"]),
+        ("rl.domain_beta.math=1", ["given together, rl.domain_beta={math: VALUE}"]),
         ("data.path=a\nb", ["a\\nb", "line break"]),
         ("+model=small", ["write model=small"]),
         ("++train.steps=3", ["write train.steps=3"]),

@@ -173,6 +173,19 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("rl.judge_timeout_s=0", "rl.judge_timeout_s=0 is outside (0, inf): give a value inside"),
         ("rl.language=latine", "rl.language=latine is not known: did you mean latin?"),
         ("rl.length_shape=soft", "rl.length_shape=soft is not known: valid: linear, soft_overlong, group_relative"),
+        (
+            "rl.importance_cap=2",
+            "rl.importance_cap=2 has nothing to weigh with rl.old_logprobs=sampler, where pi_old is the sampler's own:"
+            " add rl.old_logprobs=trainer, or give rl.importance_cap=null",
+        ),
+        (
+            "rl.importance_cap=0 rl.old_logprobs=trainer",
+            "rl.importance_cap=0 is outside (0, inf): give a value inside",
+        ),
+        ("rl.loss_mean=tokens", "rl.loss_mean=tokens is not known: did you mean token?"),
+        ("rl.old_logprobs=train", "rl.old_logprobs=train is not known: did you mean trainer?"),
+        ("rl.domain_beta={math:-1,code:0}", "rl.domain_beta.math=-1 is outside [0, inf): give a value inside"),
+        ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
     ],
 )
@@ -206,6 +219,9 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         f"rl.judge_weight=1 rl.outcome=math_verify {JUDGE}",
         "rl.tasks=words:6,sorting,countdown:5,counting:9,arithmetic:18 rl.outcome=task",
         "data.tasks=countdown rl.path=x.jsonl",  # the text shows them, the prompts are others
+        "rl.importance_cap=2 rl.old_logprobs=trainer",
+        "rl.domain_beta={math:0}",
+        "rl.domain_beta={}",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
