@@ -88,6 +88,20 @@ def prompts(
         epoch, inside = epoch + 1, 0
 
 
+def train_domains(
+    path: str | Path | None,
+    heldout: float = 0.1,
+    max_bad_rows: int = 100,
+    needs: Sequence[str] = ("answer",),
+    tasks: Sequence[str] = (),
+    hf_split: str = "train",
+) -> set[str]:
+    """The domains that the train split's prompts are of; arguments as of `prompts`."""
+    if path is None:
+        return {name.partition(":")[0] for name in tasks} or {arithmetic.DOMAIN}
+    return {prompt.domain for prompt in read_prompts(path, "train", heldout, max_bad_rows, needs, hf_split)}
+
+
 def read_prompts(
     path: str | Path,
     split: str,

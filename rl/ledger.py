@@ -23,10 +23,16 @@ PARTS = ("rollout", "update", "reference", "reward")
 
 
 def iteration_flops(
-    model: ModelConfig, stage: Stage, samples: Sequence[Sample], trained: Sequence[Sample], reference: bool
+    model: ModelConfig,
+    stage: Stage,
+    samples: Sequence[Sample],
+    trained: Sequence[Sample],
+    reference: bool,
+    scored_before: Sequence[Sample] = (),
 ) -> dict[str, float]:
     """One iteration on this rank: `samples` as they were drawn, `trained` those that an update saw; `reference`:
-    whether one scored them. A group's prompt is read once; a sample's last token does not run."""
+    whether one scored them; `scored_before`: those whose log pi_old the trainer computed, part of the update. A group's
+    prompt is read once; a sample's last token does not run."""
     rollout = 0
     for sample in samples:
         tokens = sample.tokens
@@ -38,13 +44,18 @@ def iteration_flops(
         )
     rows = [Row((len(sample.tokens),), sample.num_sampled) for sample in trained]
     update = sum(sum(row_flops(model, stage, row, mtp=False).values()) for row in rows)
-    scored = sum(sum(row_flops(model, stage, row, mtp=False, backward=False).values()) for row in rows)
+    scored, before = _forward(model, stage, trained), _forward(model, stage, scored_before)
     return {
         "rollout": float(rollout),
-        "update": float(update),
+        "update": float(update + before),
         "reference": float(scored if reference else 0),
         "reward": 0.0,
     }
+
+
+def _forward(model: ModelConfig, stage: Stage, samples: Sequence[Sample]) -> int:
+    rows = [Row((len(sample.tokens),), sample.num_sampled) for sample in samples]
+    return sum(sum(row_flops(model, stage, row, mtp=False, backward=False).values()) for row in rows)
 
 
 def add(ledger: dict[str, float], spent: dict[str, float]) -> dict[str, float]:

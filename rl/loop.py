@@ -16,12 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+
+from conf.schema import RLConfig
 from data.chat import encode_prompt
-from data.prompts import Prompt, prompts
+from data.prompts import Prompt, prompts, train_domains
 from model import Transformer
 from rl.groups import Experience, grade, judge
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
-from rl.prompts import PromptStream, asked, needed_columns
+from rl.messages import Sample
+from rl.prompts import PromptStream, asked, needed_columns, refuse_unknown_domains
 from rl.reference import Reference
 from rl.rewards import part_names
 from rl.rewards.client import JudgeClient, open_judge
@@ -30,8 +34,8 @@ from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
 from rl.samples import COLUMNS, SamplesWriter, sample_row
-from rl.summary import add_over_ranks, experience_metrics, experience_sums
-from rl.update import mini_batch_of, run_mini_batch
+from rl.summary import add_over_ranks, experience_metrics, experience_sums, of_all_ranks, off_policy_metrics
+from rl.update import mini_batch_of, run_mini_batch, trainer_logprobs
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.engine import Engine
@@ -58,7 +62,7 @@ def run(context: RunContext) -> None:
     copy = RolloutCopy(config.model, context.ops, context.device) if cut else None
     whole = net if copy is None else copy.net  # the policy as one rank can run it by itself
     reference = None
-    if rl.beta > 0:
+    if rl.needs_reference:
         if copy is not None:
             copy.refresh(engine, 0)  # what the run starts from, also where it goes on
         reference = Reference(whole, context.folder, autocast)
@@ -112,6 +116,9 @@ def open_prompts(context: RunContext) -> PromptStream:
             needs=needed_columns(rl), tasks=rl.tasks or data.tasks, hf_split=data.split,
         )  # fmt: skip
 
+    if rl.domain_beta:
+        needs, tasks = needed_columns(rl), rl.tasks or data.tasks
+        refuse_unknown_domains(rl, train_domains(rl.path, data.heldout, data.max_bad_rows, needs, tasks, data.split))
     longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
     return PromptStream(source, lambda text: encode_prompt(asked(text, rl), tokenizer), rl, seed, longest)
 
@@ -154,9 +161,12 @@ def open_ledger(context: RunContext, state: TrainState) -> None:
 
 def account(context: RunContext, experience: Experience, state: TrainState, seconds: float) -> dict[str, float]:
     """The ledger with this iteration of all ranks, and the rate at which its FLOPs were done."""
-    config = context.config
-    with_reference = config.rl.beta > 0
-    spent = iteration_flops(config.model, context.stage, experience.samples, experience.trained, with_reference)
+    config, rl = context.config, context.config.rl
+    scored: list[Sample] = []
+    if rl.old_logprobs == "trainer":  # see `improve`
+        scored = [sample for sample in experience.trained if _mini_batch(sample, rl) > 0]
+    drawn, trained = experience.samples, experience.trained
+    spent = iteration_flops(config.model, context.stage, drawn, trained, rl.needs_reference, scored)
     spent = add_over_ranks(spent)
     state.extra["flops"] = add(state.extra.get("flops", {}), spent)
     found = ledger_metrics(state.extra["flops"], state.extra["pretrain_flops"])
@@ -170,20 +180,24 @@ def improve(
     step)."""
     config, rl = context.config, context.config.rl
     values = rates(state.step, config.train.steps, config.optim)
+    attention, cp = context.stage.attention, context.cp
+    members: list[list[int]] = [[] for _ in range(rl.mini_batches)]
+    for i, sample in enumerate(experience.trained):
+        members[_mini_batch(sample, rl)].append(i)
+    old: list[list[Tensor] | None] = [None] * rl.mini_batches
+    if rl.old_logprobs == "trainer":  # the first mini-batch has them from its own forward
+        old[1:] = [trainer_logprobs(engine, experience, inside, rl, attention, cp) for inside in members[1:]]
     rows: list[dict[str, float]] = []
+    off_policy: list[tuple[float, bool]] = []
     for number in range(rl.mini_batches):
-        members = [
-            i
-            for i, sample in enumerate(experience.trained)
-            if mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches) == number
-        ]
-        update = run_mini_batch(engine, experience, members, rl, reference, context.stage.attention, context.cp)
+        update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number])
         if update is None:
             reason: str | None = "no group whose grades are whole"
         else:
             reason = context.guard.judge(update.loss, update.grad_norm)
             engine.step(values, skip=reason is not None)
             rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
+            off_policy += update.off_policy
         if reason is not None:
             context.say(f"iteration {state.step + 1}: mini-batch {number} left out: {reason}")
             context.guard.count_skip(state.step + 1, reason)
@@ -191,7 +205,12 @@ def improve(
     if rows:
         found = {name: value for name, value in found.items() if not name.startswith("mismatch/")}
         found |= {name: value for name, value in rows[0].items() if name.startswith("mismatch/")}
+    found |= off_policy_metrics(of_all_ranks(off_policy), rl.off_policy_delta)
     return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
+
+
+def _mini_batch(sample: Sample, rl: RLConfig) -> int:
+    return mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches)
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:

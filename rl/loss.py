@@ -1,13 +1,24 @@
-"""The GRPO objective of DeepSeek-V3.2 (arXiv 2512.02556, eqs. 5, 7-9) as a pure function of flat, packed token tensors.
+"""The GRPO objective of DeepSeek-V3.2 (arXiv 2512.02556, eqs. 5, 7-9) as pure functions of flat, packed token tensors.
 
-    L = -1/N sum_i 1/|o_i| sum_t [ M_it min(r_it A_it, clip(r_it, 1 - eps_low, 1 + eps_high) A_it) - beta k_it ]
-    r_it = pi_theta / pi_old        pi_old: the log-prob the sampler returned (no recompute by the trainer)
-    k_it = r_it (pi_ref / pi_theta - log(pi_ref / pi_theta) - 1)
-    M_it = 0 where A_it < 0 and 1/|o_i| sum_t log(pi_old / pi_theta) > delta, else 1        (surrogate only, not the KL)
+    L    = -sum_i sum_t c_i [ M_i w_it min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta_i k_it ]
+    c_i  = 1 / (N |o_i|): a mean a sequence, then over the N sequences (eq. 5); or, where `loss_mean` is token,
+           1 / sum_j |o_j|: one mean over all tokens (DAPO, arXiv 2503.14476, eq. 8)
+    r_it = pi_theta / pi_old
+    w_it = min(pi_old / pi_sampler, C), a constant of the gradient; 1 where C is None
+    k_it = pi_theta / pi_sampler (pi_ref / pi_theta - log(pi_ref / pi_theta) - 1)
+    M_i  = 0 where A_i < 0 and d_i > delta, else 1;  d_i = 1/|o_i| sum_t log(pi_sampler / pi_theta)
 
-The ratio inside k stays differentiable: only then are both the value and the gradient those of KL(pi_theta ||
-pi_ref); detached, the gradient is the forward KL's. Departs from the paper in nothing; separate clip bounds and
-`delta=None` are options.
+pi_sampler is what the rollout engine returned for the token it drew. pi_old is either that same number, and then there
+is no w (DeepSeek-V3.2's text has one symbol for both); or the trainer's own log-prob from before the iteration's first
+step. Then r and its clip see the trainer's steps alone, and how far the trainer is from the sampler enters as the
+truncated weight w: pi_theta / pi_sampler = r w while C does not bind.
+
+The ratio inside k stays differentiable and is always over pi_sampler, which drew the token: only then are both the
+value and the gradient those of KL(pi_theta || pi_ref); detached, the gradient is the forward KL's. M and w act on the
+surrogate alone.
+
+Where the sampler's log-prob is missing (NaN), the token gives d_i nothing, as in TRL, and the sampler counts as pi_old,
+or where pi_old is the sampler's, as the current policy: a weight or a ratio of 1.
 """
 
 from __future__ import annotations
@@ -20,12 +31,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossSettings:
-    """eps_low, eps_high, beta and delta of the head's formulas; delta None switches M off."""
+    """eps_low, eps_high, delta, C and the kind of mean of the head's formulas; None switches M or w off."""
 
     clip_low: float
     clip_high: float
-    beta: float = 0.0
     off_policy_delta: float | None = None
+    importance_cap: float | None = None
+    loss_mean: str = "sequence"  # sequence | token
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole mini-batch holds, over all rows and ranks: N and sum_i |o_i|."""
+
+    sequences: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,11 +53,13 @@ class PolicyTokens:
     """Flat columns [T] of one packed row. Tokens with `sequence` -1 (prompts, padding) take no part."""
 
     logprobs: Tensor  # log pi_theta, differentiable
-    behaviour: Tensor  # log pi_old
+    behaviour: Tensor  # log pi_sampler; NaN where the sampler gave none
     advantages: Tensor
     sequence: Tensor  # int64: number of the sequence inside this row, or -1
     num_sequences: int  # sequences of this row
-    reference: Tensor | None = None  # log pi_ref; needed where beta > 0
+    reference: Tensor | None = None  # log pi_ref
+    beta: Tensor | None = None  # [num_sequences] strength of the KL to the reference; None: no such term
+    old: Tensor | None = None  # log pi_old of the trainer; None: the sampler's is pi_old
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -45,51 +67,75 @@ def k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def grpo_loss(tokens: PolicyTokens, settings: LossSettings, total_sequences: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """-> (loss, metrics), each a share of a mean over `total_sequences` (N, of all rows and ranks): shares simply add
-    up.
+def sequence_means(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """values [T] of tokens, sequence [T] -> [num_sequences]: 1/|o_i| sum_t values_it; 0 for one without tokens."""
+    inside = (sequence >= 0).nonzero().squeeze(1)
+    at = sequence[inside]
+    sums = values.new_zeros(num_sequences).index_add(0, at, values[inside])
+    return sums / torch.bincount(at, minlength=num_sequences).clamp(min=1)
+
+
+def sampler_gap(tokens: PolicyTokens) -> Tensor:
+    """[T] log(pi_sampler / pi_theta) without gradient; 0 where the sampler gave no log-prob."""
+    return (tokens.behaviour - tokens.logprobs.detach()).masked_fill(tokens.behaviour.isnan(), 0.0)
+
+
+def off_policy_kl(tokens: PolicyTokens) -> Tensor:
+    """[num_sequences] d_i, the measure of eq. 9: how far each sequence is from what its sampler would still draw."""
+    return sequence_means(sampler_gap(tokens), tokens.sequence, tokens.num_sequences)
+
+
+def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    """-> (loss, metrics), each the share of these tokens in the mini-batch's: shares simply add up.
 
     Metrics are means over sequences of per-sequence means: `policy/clip_frac` (tokens whose surrogate is clipped and
     gives no gradient), `policy/ratio_mean`, `policy/kl_ref` (where there is a reference),
-    `policy/off_policy_masked_frac` (sequences), `mismatch/k3` (KL of the sampler to the current policy; at the first
-    mini-batch that of sampler against trainer).
+    `policy/off_policy_masked_frac` (sequences), `policy/importance_mean` and `policy/importance_capped_frac` (where
+    there is a C), `mismatch/k3` (KL of the sampler to the current policy; at the first mini-batch that of sampler
+    against trainer).
     """
-    if settings.beta > 0 and tokens.reference is None:
-        raise ValueError(f"beta={settings.beta} needs reference log-probs: pass PolicyTokens.reference")
+    if tokens.beta is not None and tokens.reference is None:
+        raise ValueError("a KL to the reference needs its log-probs: pass PolicyTokens.reference beside beta")
+    if settings.importance_cap is not None and tokens.old is None:
+        raise ValueError(f"importance_cap={settings.importance_cap} needs pi_old of the trainer: pass PolicyTokens.old")
     drawn = (tokens.sequence >= 0).nonzero().squeeze(1)
     sequence = tokens.sequence[drawn]
     lengths = torch.bincount(sequence, minlength=tokens.num_sequences).clamp(min=1)
 
-    def sequence_means(values: Tensor) -> Tensor:
-        """[drawn tokens] -> [sequences]: sum over the sequence / |o_i|."""
-        return values.new_zeros(tokens.num_sequences).index_add(0, sequence, values) / lengths
-
     def share(values: Tensor) -> Tensor:
-        """[drawn tokens] -> this row's share of the mean over all sequences."""
-        return sequence_means(values).sum() / total_sequences
+        """[drawn tokens] -> their share of the mean over all sequences of means over a sequence."""
+        sums = values.new_zeros(tokens.num_sequences).index_add(0, sequence, values)
+        return (sums / lengths).sum() / totals.sequences
 
     logprobs, behaviour, advantages = tokens.logprobs[drawn], tokens.behaviour[drawn], tokens.advantages[drawn]
-    log_ratio = logprobs - behaviour
-    ratio = log_ratio.exp()
+    sampler = torch.where(behaviour.isnan(), logprobs.detach() if tokens.old is None else tokens.old[drawn], behaviour)
+    old = sampler if tokens.old is None else tokens.old[drawn]
+    ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages
     surrogate = torch.minimum(ratio * advantages, clipped)
 
     with torch.no_grad():
-        is_clipped = (clipped < ratio * advantages).to(ratio.dtype)
-        masked = torch.zeros_like(lengths, dtype=torch.bool)
+        masked = torch.zeros_like(advantages, dtype=torch.bool)
         if settings.off_policy_delta is not None:
-            stale = sequence_means(-log_ratio) > settings.off_policy_delta
-            masked = stale & (sequence_means((advantages < 0).to(ratio.dtype)) > 0)  # A is one number a sequence
+            stale = off_policy_kl(tokens) > settings.off_policy_delta
+            masked = stale[sequence] & (advantages < 0)
         metrics = {
-            "policy/clip_frac": share(is_clipped),
+            "policy/clip_frac": share((clipped < ratio * advantages).to(ratio.dtype)),
             "policy/ratio_mean": share(ratio),
-            "policy/off_policy_masked_frac": masked.sum() / total_sequences,
-            "mismatch/k3": share(k3(log_ratio)),
+            "policy/off_policy_masked_frac": share(masked.to(ratio.dtype)),
+            "mismatch/k3": share(k3(-sampler_gap(tokens)[drawn])),
         }
+        if settings.importance_cap is not None:
+            weight = (old - sampler).exp()
+            metrics["policy/importance_capped_frac"] = share((weight > settings.importance_cap).to(ratio.dtype))
+            weight = weight.clamp(max=settings.importance_cap)
+            metrics["policy/importance_mean"] = share(weight)
 
-    objective = torch.where(masked[sequence], torch.zeros_like(surrogate), surrogate)
+    if settings.importance_cap is not None:
+        surrogate = weight * surrogate
+    objective = torch.where(masked, torch.zeros_like(surrogate), surrogate)
     if tokens.reference is not None:
-        kl = ratio * k3(tokens.reference[drawn] - logprobs)
+        kl = (logprobs - sampler).exp() * k3(tokens.reference[drawn] - logprobs)
         metrics["policy/kl_ref"] = share(kl.detach())
-        objective = objective - settings.beta * kl if settings.beta > 0 else objective
-    return -share(objective), metrics
+        objective = objective if tokens.beta is None else objective - tokens.beta[sequence] * kl
+    return -(share(objective) if settings.loss_mean == "sequence" else objective.sum() / totals.tokens), metrics

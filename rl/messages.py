@@ -33,7 +33,7 @@ class TokenColumns:
 
     ids: list[int]
     loss_mask: list[bool]  # True where the policy sampled the token
-    behaviour_logprobs: list[float]  # log-prob under the distribution it was drawn from; 0 where it was not sampled
+    behaviour_logprobs: list[float]  # under the distribution it was drawn from; 0 where not sampled, NaN where missing
     weight_versions: list[int]  # iteration of the weights that drew it
     turns: list[int]  # number of the assistant's turn; the prompt belongs to the turn it opens
     kept_sets: list[list[int]] | None = None  # words that top-p and top-k kept; [] where nothing was drawn: all

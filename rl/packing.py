@@ -28,10 +28,11 @@ class TrainingRow:
     labels: Tensor
     positions: Tensor
     doc_start: Tensor
-    behaviour: Tensor  # fp32 log-prob of the label when it was sampled
+    behaviour: Tensor  # fp32 log-prob of the label when it was sampled; NaN where the sampler gave none
     advantages: Tensor  # fp32
     sequence: Tensor  # int64 number of the sample inside this row, -1 where nothing was sampled
     num_sequences: int
+    domains: tuple[str, ...] = ()  # of each sequence
     kept: KeptSets | None = None  # words that were in the running for the label
     experts: Tensor | None = None  # [M, T, K]
     selected: Tensor | None = None  # [L, T, k] positions in this row
@@ -118,7 +119,8 @@ def _fill(samples: list[Sample], advantages: list[float], length: int) -> Traini
         "experts": None if experts is None else experts.transpose(0, 1),
         "selected": None if selected is None else selected.transpose(0, 1),
     }
-    return TrainingRow(**{**vars(row), **recorded, "num_sequences": len(samples)})
+    named = {"num_sequences": len(samples), "domains": tuple(sample.request.domain for sample in samples)}
+    return TrainingRow(**{**vars(row), **recorded, **named})
 
 
 def _blank(records: list[Tensor | None], length: int) -> Tensor | None:

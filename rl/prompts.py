@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 
-from conf.errors import UserError
+from conf.errors import UserError, nearest
 from conf.schema import RLConfig
 from data.prompts import Prompt
 from rl.messages import RolloutRequest
@@ -35,6 +35,13 @@ def needed_columns(rl: RLConfig) -> tuple[str, ...]:
 def asked(prompt: str, rl: RLConfig) -> str:
     """The user's message: the prompt, which rl.outcome=proof puts into the format that its reward asks for."""
     return generator_prompt(prompt) if rl.outcome == "proof" else prompt
+
+
+def refuse_unknown_domains(rl: RLConfig, known: Collection[str]) -> None:
+    """UserError where `rl.domain_beta` names a domain that no prompt is of: a typo would leave the default in force."""
+    for name in rl.domain_beta:
+        if name not in known:
+            raise UserError(f"rl.domain_beta names {name}, a domain without any prompt: {nearest(name, sorted(known))}")
 
 
 class PromptStream:

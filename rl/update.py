@@ -1,8 +1,8 @@
 """One optimiser step of an iteration: the mini-batch's packed rows, forward, loss, backward.
 
-The loss is a share of the mean over the sequences of the whole mini-batch, of all ranks, so the gradient depends on
-neither their number nor on how the samples fell into rows. Ranks run the same number of backward passes: short ones
-add empty rows.
+The loss is a share of the mean over the sequences or the tokens of the whole mini-batch, of all ranks, so the gradient
+depends on neither their number nor on how the samples fell into rows. Ranks run the same number of backward passes:
+short ones add empty rows.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conf.schema import RLConfig
 from model.replay import Replay
 from rl.groups import Experience
-from rl.loss import LossSettings, PolicyTokens, grpo_loss
+from rl.loss import LossSettings, PolicyTokens, Totals, grpo_loss, off_policy_kl, sequence_means
 from rl.messages import Sample
 from rl.packing import TrainingRow, empty_row, pack_samples
 from rl.reference import Reference
@@ -36,6 +37,7 @@ class Update:
     grad_norm: float
     metrics: dict[str, float]
     num_sequences: int
+    off_policy: list[tuple[float, bool]]  # of this rank's sequences: the measure of eq. 9, whether A < 0
 
 
 def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: int) -> int:
@@ -55,6 +57,30 @@ def aligned_rows(
     return rows + [empty_row(length) for _ in range(most - len(rows))]
 
 
+def trainer_logprobs(
+    engine: Engine,
+    experience: Experience,
+    members: Sequence[int],
+    rl: RLConfig,
+    attention: str,
+    cp: ContextParallel,
+) -> list[Tensor]:
+    """log pi [T] of each row that `run_mini_batch` will make of the same members, by the weights as they stand."""
+    found = []
+    for row in _rows_of(experience, members, rl, cp):
+        inputs = model_inputs(row, rl, cp)
+        with torch.no_grad():
+            logprobs = engine.forward(**inputs, attention=attention, mtp=False).token_logprobs
+            assert logprobs is not None
+            found.append(inputs["context"].gather(logprobs))
+    return found
+
+
+def _rows_of(experience: Experience, members: Sequence[int], rl: RLConfig, cp: ContextParallel) -> list[TrainingRow]:
+    samples = [experience.trained[i] for i in members]
+    return aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len, cp)
+
+
 def run_mini_batch(
     engine: Engine,
     experience: Experience,
@@ -63,29 +89,44 @@ def run_mini_batch(
     reference: Reference | None,
     attention: str,
     cp: ContextParallel,
+    old: Sequence[Tensor] | None = None,
 ) -> Update | None:
-    """Forward and backward of the samples `members` of the experience; None where no rank has any."""
-    samples = [experience.trained[i] for i in members]
-    total = int(add_over_ranks({"sequences": len(samples)})["sequences"])
-    if total == 0:
+    """Forward and backward of the samples `members` of the experience; None where no rank has any.
+
+    `old`: see `trainer_logprobs`; None at the first mini-batch, whose weights are still those.
+    """
+    counts = {"sequences": len(members), "tokens": sum(experience.trained[i].num_sampled for i in members)}
+    totals = Totals(**{name: int(value) for name, value in add_over_ranks(counts).items()})
+    if totals.sequences == 0:
         return None
-    rows = aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len, cp)
+    rows = _rows_of(experience, members, rl, cp)
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
+    off_policy: list[tuple[float, bool]] = []
     for number, row in enumerate(rows):
-        loss, metrics = _row_loss(engine, row, rl, reference, total, attention, cp)
+        inputs = model_inputs(row, rl, cp)
+        gather = inputs["context"].gather
+        out = engine.forward(**inputs, attention=attention, mtp=False)
+        assert out.token_logprobs is not None
+        ref = None if reference is None else gather(reference.logprobs(inputs, attention))
+        tokens = policy_tokens(row, gather(out.token_logprobs), rl, ref, None if old is None else old[number])
+        loss, metrics = row_loss(tokens, rl, totals, cp)
         engine.backward(loss, last=number == len(rows) - 1)
+        for name, agreed in out.replay.items():
+            metrics[f"{name}/same"], metrics[f"{name}/counted"] = agreed.sum(0).unbind()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
+        if cp.rank == 0:
+            off_policy += off_policy_of(tokens)
     found = add_over_ranks(sums)
     for name, metric in REPEATED.items():
         same, counted = found.pop(f"{name}/same"), found.pop(f"{name}/counted")
         if counted:  # no engine need record them
             found[metric] = same / counted
-    return Update(found.pop("loss"), engine.grad_norm(), found, total)
+    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy)
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
-    return LossSettings(rl.clip_low, rl.clip_high, rl.beta, rl.off_policy_delta)
+    return LossSettings(rl.clip_low, rl.clip_high, rl.off_policy_delta, rl.importance_cap, rl.loss_mean)
 
 
 def model_inputs(row: TrainingRow, rl: RLConfig, cp: ContextParallel) -> dict[str, Any]:
@@ -105,31 +146,35 @@ def model_inputs(row: TrainingRow, rl: RLConfig, cp: ContextParallel) -> dict[st
     return {**found, "context": place, "replay": replay, "temperature": rl.temperature, "kept": kept}
 
 
-def _row_loss(
-    engine: Engine,
-    row: TrainingRow,
-    rl: RLConfig,
-    reference: Reference | None,
-    total: int,
-    attention: str,
-    cp: ContextParallel,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's part. Of a shared row every rank has all log-probs and takes the whole loss, of which the cp-th part
-    counts: sums over a sequence then need no thought of slices, and `gather` adds the gradients up."""
-    device, inputs = distributed.device(), model_inputs(row, rl, cp)
-    gather = inputs["context"].gather
-    out = engine.forward(**inputs, attention=attention, mtp=False)
-    assert out.token_logprobs is not None
-    tokens = PolicyTokens(
-        logprobs=gather(out.token_logprobs),
+def policy_tokens(
+    row: TrainingRow, logprobs: Tensor, rl: RLConfig, reference: Tensor | None, old: Tensor | None
+) -> PolicyTokens:
+    """The columns of the loss for a row, of whose labels `logprobs` are the policy's. `old`: see `run_mini_batch`."""
+    device = logprobs.device
+    if rl.old_logprobs == "trainer" and old is None:
+        old = logprobs.detach()
+    return PolicyTokens(
+        logprobs=logprobs,
         behaviour=row.behaviour.to(device),
         advantages=row.advantages.to(device),
         sequence=row.sequence.to(device),
         num_sequences=row.num_sequences,
-        reference=None if reference is None else gather(reference.logprobs(inputs, attention)),
+        reference=reference,
+        beta=torch.tensor([rl.beta_of(d) for d in row.domains], device=device) if rl.needs_reference else None,
+        old=old,
     )
-    loss, metrics = grpo_loss(tokens, loss_settings(rl), total)
-    loss, metrics = loss / cp.size, {name: value / cp.size for name, value in metrics.items()}
-    for name, counts in out.replay.items():
-        metrics[f"{name}/same"], metrics[f"{name}/counted"] = counts.sum(0).unbind()
-    return loss, metrics
+
+
+def row_loss(
+    tokens: PolicyTokens, rl: RLConfig, totals: Totals, cp: ContextParallel
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's part. Of a shared row every rank has all log-probs and takes the whole loss, of which the cp-th part
+    counts: sums over a sequence then need no thought of slices, and `gather` adds the gradients up."""
+    loss, metrics = grpo_loss(tokens, loss_settings(rl), totals)
+    return loss / cp.size, {name: value / cp.size for name, value in metrics.items()}
+
+
+def off_policy_of(tokens: PolicyTokens) -> list[tuple[float, bool]]:
+    """Of each sequence: the measure of eq. 9 and whether its advantage is negative."""
+    advantages = sequence_means(tokens.advantages, tokens.sequence, tokens.num_sequences)
+    return list(zip(off_policy_kl(tokens).tolist(), (advantages < 0).tolist(), strict=True))

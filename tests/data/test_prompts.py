@@ -11,7 +11,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.schema import DataConfig
-from data.prompts import Prompt, prompts
+from data.prompts import Prompt, prompts, train_domains
 from data.sources import documents, question_key
 from data.split import is_heldout
 
@@ -50,6 +50,14 @@ def test_any_position_is_reached_at_once(rows_file: Path, split: str, generated:
     whole = list(islice(prompts(path, split, 1, heldout=0.3), 100))
     for start in (0, 1, 5, 60):
         assert list(islice(prompts(path, split, 1, heldout=0.3, start=start), 100 - start)) == whole[start:]
+
+
+def test_the_domains_of_training(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n}", "answer": n} | ({"domain": "code"} if n % 2 else {}) for n in range(20)]
+    assert train_domains(write(tmp_path / "rows.jsonl", rows)) == {"general", "code"}
+    assert train_domains(None) == {"arithmetic"}
+    named = train_domains(None, tasks=("words:3", "countdown"))
+    assert named == {prompt.domain for prompt in islice(prompts(None, "train", 0, tasks=("words:3", "countdown")), 30)}
 
 
 def test_rows_are_split_by_their_question_and_shuffled_every_epoch(rows_file: Path) -> None:

@@ -71,6 +71,8 @@ def test_parts_that_did_not_happen_cost_nothing() -> None:
     twice = iteration_flops(MODEL, GRPO, samples * 2, samples * 2, reference=True)
     once = iteration_flops(MODEL, GRPO, samples, samples, reference=True)
     assert twice == add(once, once)
+    before = iteration_flops(MODEL, GRPO, samples, samples, reference=True, scored_before=samples)
+    assert before == once | {"update": once["update"] + once["reference"]}  # log pi_old is one more forward
 
 
 def test_the_share_is_logged_where_pretraining_is_known() -> None:

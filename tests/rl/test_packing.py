@@ -9,7 +9,7 @@ from tests.rl.samples import make_sample
 
 
 def test_by_hand():
-    samples = [make_sample([5, 6], [7, 8, 9], [-0.1, -0.2, -0.3]), make_sample([3], [4], [-0.4])]
+    samples = [make_sample([5, 6], [7, 8, 9], [-0.1, -0.2, -0.3]), make_sample([3], [4], [-0.4], domain="code")]
     (row,) = pack_samples(samples, [1.5, -2.0], 9)
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 3, 4, 0, 0]
     assert row.labels.tolist() == [-100, 7, 8, 9, -100, 4, -100, -100, -100]
@@ -19,7 +19,7 @@ def test_by_hand():
     assert row.sequence.tolist() == [-1, 0, 0, 0, -1, 1, -1, -1, -1]
     assert row.behaviour.tolist() == pytest.approx([0, -0.1, -0.2, -0.3, 0, -0.4, 0, 0, 0])
     assert row.advantages.tolist() == [0, 1.5, 1.5, 1.5, 0, -2.0, 0, 0, 0]
-    assert row.num_sequences == 2
+    assert row.num_sequences == 2 and row.domains == ("arithmetic", "code")
 
 
 def test_every_sampled_token_appears_once_whatever_the_row_length():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from model.context import Context
 from rl.groups import Experience
 from rl.messages import RolloutRequest, Sample
 from rl.packing import empty_row, pack_samples
+from rl.reference import Reference
 from rl.rollout.native import NativeEngine
-from rl.update import mini_batch_of, model_inputs, run_mini_batch
+from rl.update import mini_batch_of, model_inputs, policy_tokens, run_mini_batch, trainer_logprobs
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train import distributed
@@ -52,7 +55,7 @@ class Numbers:
 def draw(net: Transformer, indices: range, rl: RLConfig = RL) -> list[Sample]:
     """Samples of prompts of unequal lengths, a prompt longer than index_topk among them."""
     requests = [
-        RolloutRequest(p, s, "none", "", "", tuple(range(2, 4 + 3 * p)), seed=100 * p + s)
+        RolloutRequest(p, s, f"domain {p}", "", "", tuple(range(2, 4 + 3 * p)), seed=100 * p + s)
         for p in indices
         for s in range(GROUP)
     ]
@@ -157,14 +160,21 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
     assert numbers == sorted(numbers) and set(numbers) == set(range(mini_batches))
 
 
-def _gradient(parallel: ParallelConfig, deal: list[list[int]], length: int) -> tuple[np.ndarray, dict[str, float]]:
-    """All gradients of one mini-batch as the optimiser's step sees them (SGD at rate 1), with this rank's prompts."""
+def _gradient(
+    parallel: ParallelConfig, deal: list[list[int]], length: int, changes: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, float], list[tuple[float, bool]]]:
+    """All gradients of one mini-batch as the optimiser's step sees them (SGD at rate 1), with this rank's prompts.
+
+    With a pi_old of the trainer that is taken between the sampler's weights and those of the gradient.
+    """
     net = tiny.build()
     net.mtp.requires_grad_(False)
     for _, p in net.indexer_parameters():
         p.requires_grad_(False)
     mine = deal[distributed.rank()]
     found = experience([s for p in mine for s in draw(net, range(p, p + 1))])
+    rl = replace(RL, clip_low=0.2, clip_high=0.3, pack_len=length, **changes)
+    reference = Reference(net, Path()) if rl.needs_reference else None
     with torch.no_grad():  # off policy, so that ratio and clip matter; the same on every rank
         net.lm_head.weight.mul_(1.1)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -172,26 +182,61 @@ def _gradient(parallel: ParallelConfig, deal: list[list[int]], length: int) -> t
     optimizer = torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
     engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), parallel)
     members = range(len(found.trained))
-    rl = replace(RL, clip_low=0.2, clip_high=0.3, pack_len=length)
-    update = run_mini_batch(engine, found, members, rl, None, "sparse", ContextParallel(parallel.cp))
+    old, head, cp = None, net.lm_head.weight, ContextParallel(parallel.cp)
+    if rl.old_logprobs == "trainer":
+        now = head.detach().clone()
+        head.data.mul_(0.97)
+        old = trainer_logprobs(engine, found, members, rl, "sparse", cp)
+        head.data.copy_(now)
+    update = run_mini_batch(engine, found, members, rl, reference, "sparse", cp, old)
     assert update is not None
     engine.step({"trunk": 1.0, "indexer": 1.0})
     after = torch.cat([p.detach().flatten() for p in trained])
-    return (before - after).numpy(), {**update.metrics, "loss": update.loss, "sequences": update.num_sequences}
+    found_metrics = {**update.metrics, "loss": update.loss, "sequences": update.num_sequences}
+    return (before - after).numpy(), found_metrics, update.off_policy
 
 
-def test_the_gradient_depends_on_neither_rows_nor_ranks():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss_mean": "token", "off_policy_delta": 0.05, "domain_beta": {"domain 1": 0.5, "domain 2": 1.5}},
+        {"old_logprobs": "trainer", "importance_cap": 1.05, "beta": 0.1},
+    ],
+    ids=["default", "token", "trainer"],
+)
+def test_the_gradient_depends_on_neither_rows_nor_ranks(changes: dict[str, Any]):
     """One rank with long rows against two dealt unequally, down to nothing, with short rows: one pads with empty rows.
 
     ZeRO-2 reduces in every backward pass, so ranks out of step would wait for one another for ever.
     """
-    ((whole, metrics),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256)
-    assert metrics["sequences"] == PROMPTS * GROUP and abs(whole).max() > 1e-3
+    ((whole, metrics, spread),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256, changes)
+    assert metrics["sequences"] == PROMPTS * GROUP == len(spread) and abs(whole).max() > 1e-3
+    assert (metrics["policy/kl_ref"] > 0) if "policy/kl_ref" in metrics else not changes
+    if "importance_cap" in changes:
+        assert 0 < metrics["policy/importance_capped_frac"] < 1 and abs(metrics["policy/ratio_mean"] - 1) > 1e-3
     for deal in ([[3], [0, 2, 1]], [[0, 1, 2, 3], []]):
         for parallel in (ParallelConfig(zero=2), ParallelConfig(zero=2, cp=2), ParallelConfig(zero=2, offload="cpu")):
-            for gradient, found in run_ranks(_gradient, 2, parallel, deal, 32):
+            parts = run_ranks(_gradient, 2, parallel, deal, 32, changes)
+            for gradient, found, _ in parts:
                 np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
                 assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)
+            both = sorted(pair for *_, mine in parts for pair in mine)
+            assert [negative for _, negative in both] == [negative for _, negative in sorted(spread)]
+            assert [kl for kl, _ in both] == pytest.approx([kl for kl, _ in sorted(spread)], abs=1e-6)
+
+
+def test_the_strength_of_the_kl_is_that_of_the_samples_domain():
+    net = tiny.build()
+    samples = draw(net, range(3))
+    (row,) = pack_samples(samples, [0.0] * len(samples), 256)
+    logprobs, rl = torch.zeros(256), replace(RL, beta=0.25, domain_beta={"domain 1": 0.0, "domain 2": 2.0})
+    tokens = policy_tokens(row, logprobs, rl, torch.zeros(256), None)
+    assert tokens.beta is not None and tokens.old is None
+    assert tokens.beta.tolist() == [0.25] * 3 + [0.0] * 3 + [2.0] * 3
+    assert policy_tokens(row, logprobs, replace(rl, beta=0.0, domain_beta={"domain 1": 0.0}), None, None).beta is None
+    first = policy_tokens(row, logprobs.requires_grad_(), replace(rl, old_logprobs="trainer"), torch.zeros(256), None)
+    assert first.old is not None and not first.old.requires_grad
 
 
 def _nothing_to_train() -> bool:
