@@ -1,12 +1,12 @@
 """From samples to what is trained on: grades, rewards, and advantages inside each group.
 
 A group with a failed grade is left out whole and counted: its mean would lean on fewer samples, and a failure is no
-reward 0.
+reward 0. With dynamic sampling a group of equal rewards is left out as well, for one of another prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,15 +26,31 @@ class Experience:
     """One iteration's samples on this rank. `advantages` belongs to `trained`, one each."""
 
     samples: list[Sample]  # all of them, as graded
-    trained: list[Sample] = field(default_factory=list)  # those of whole groups
+    trained: list[Sample] = field(default_factory=list)  # those of the groups that are not left out
     advantages: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)  # why grades failed
     failed_groups: int = 0
-    zero_spread_groups: int = 0
+    zero_spread: list[int] = field(default_factory=list)  # `prompt_index` of the groups whose rewards are all equal
 
     def advantage_of(self, sample: Sample) -> float | None:
-        """None for a sample of a dropped group."""
+        """None for a sample of a group that is left out."""
         return next((a for s, a in zip(self.trained, self.advantages, strict=True) if s is sample), None)
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Trains on no group of these `prompt_index`; they stay in `samples` and in what is counted."""
+        kept = [
+            (s, a) for s, a in zip(self.trained, self.advantages, strict=True) if s.request.prompt_index not in indices
+        ]
+        self.trained, self.advantages = [s for s, _ in kept], [a for _, a in kept]
+
+    def add(self, more: Experience) -> None:
+        """Takes in the groups of another round of the same iteration."""
+        self.samples += more.samples
+        self.trained += more.trained
+        self.advantages += more.advantages
+        self.failures += more.failures
+        self.failed_groups += more.failed_groups
+        self.zero_spread += more.zero_spread
 
 
 def grade(
@@ -96,7 +112,7 @@ def judge(samples: Sequence[Sample], failures: Sequence[str], rl: RLConfig) -> E
             found.failed_groups += 1
             continue
         values, zero_spread = group_advantages(torch.tensor([rewards], dtype=torch.float64), rl.advantage_std)
-        found.zero_spread_groups += int(zero_spread)
+        found.zero_spread += [group[0].request.prompt_index] if zero_spread else []
         found.trained += group
         found.advantages += values[0].tolist()
     return found

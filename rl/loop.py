@@ -131,21 +131,38 @@ def gather_experience(
     stream: PromptStream,
     state: TrainState,
 ) -> tuple[Experience, dict[str, float]]:
-    """Sample -> reward -> advantage on this rank; the metrics are those of all ranks."""
-    rl = context.config.rl
+    """Sample -> reward -> advantage on this rank; the metrics are those of all ranks.
+
+    With dynamic sampling groups of equal rewards are left out and further prompts rolled out in their places, in as
+    many rounds as all ranks together need, up to `rl.max_resample`.
+    """
+    rl, rank, world = context.config.rl, distributed.rank(), distributed.world_size()
     policy.weight_version = state.step
-    start = time.monotonic()
-    samples = policy.generate(stream.requests(distributed.rank(), distributed.world_size()))
-    rollout_seconds = time.monotonic() - start
-    samples, failures = grade(samples, pool, rl, client)
-    experience = judge(samples, failures, rl)
-    for reason, count in Counter(failures).items():
+    experience, rollout_seconds, resampled = Experience([]), 0.0, 0
+    requests = stream.requests(rank, world)
+    for left in reversed(range(rl.max_resample + 1 if rl.dynamic_sampling else 1)):
+        start = time.monotonic()
+        samples = policy.generate(requests)
+        rollout_seconds += time.monotonic() - start
+        found = judge(*grade(samples, pool, rl, client), rl)
+        experience.add(found)
+        if not left:
+            break
+        equal = sorted(of_all_ranks(found.zero_spread))
+        if not equal:
+            break
+        experience.leave_out(equal)
+        requests = stream.replacements(equal, rank, world)
+        resampled += len(equal)
+    for reason, count in Counter(experience.failures).items():
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
     asked_judge = {} if client is None else client.take_counts()
     sums = add_over_ranks(experience_sums(experience, part_names(rl)) | asked_judge)
     state.tokens += int(sums["tokens"])
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))
+    if rl.dynamic_sampling:
+        row["rollout/resampled_groups"] = resampled
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 class RolloutRequest:
     """One sample to draw. Its randomness is `seed` alone, whichever process or batch draws it."""
 
-    prompt_index: int  # place of the prompt among the prompts of the whole world in this iteration
+    # place of the prompt among the `prompts_per_step` of the whole world in this iteration, plus `prompts_per_step`
+    # for every prompt that held the place before and was left out (dynamic sampling)
+    prompt_index: int
     sample_index: int  # place in the prompt's group
     domain: str
     prompt: str

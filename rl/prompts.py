@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 
 from conf.errors import UserError, nearest
@@ -86,8 +86,17 @@ class PromptStream:
 
     def requests(self, rank: int, world: int) -> list[RolloutRequest]:
         """This rank's samples of the next iteration: prompts rank, rank + world, ..., whole groups."""
-        prompts = [self._next() for _ in range(self.rl.prompts_per_step)]
-        found = [
+        self.iteration += 1
+        return self._deal(range(self.rl.prompts_per_step), rank, world)
+
+    def replacements(self, left_out: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
+        """This rank's samples of further prompts in the same iteration, one prompt for each `prompt_index` left out, by
+        all ranks and in order; it takes over the place of the one it replaces."""
+        return self._deal([index + self.rl.prompts_per_step for index in left_out], rank, world)
+
+    def _deal(self, indices: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
+        prompts = [self._next() for _ in indices]
+        return [
             RolloutRequest(
                 prompt_index=index,
                 sample_index=sample,
@@ -95,12 +104,10 @@ class PromptStream:
                 prompt=prompt.prompt,
                 answer=prompt.answer,
                 prompt_ids=ids,
-                seed=sample_seed(self.seed, self.iteration, index, sample),
+                seed=sample_seed(self.seed, self.iteration - 1, index, sample),
                 rubric=prompt.rubric,
             )
-            for index, (prompt, ids) in enumerate(prompts)
-            if index % world == rank
+            for number, (index, (prompt, ids)) in enumerate(zip(indices, prompts, strict=True))
+            if number % world == rank
             for sample in range(self.rl.group_size)
         ]
-        self.iteration += 1
-        return found

@@ -37,7 +37,7 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
         "graded": len(graded),
         "groups": len({sample.request.prompt_index for sample in samples}),
         "failed_groups": experience.failed_groups,
-        "zero_spread_groups": experience.zero_spread_groups,
+        "zero_spread_groups": len(experience.zero_spread),
         "sampled_tokens": sum(sample.num_sampled for sample in samples),
         "tokens": sum(len(sample.tokens) for sample in samples),
         "missing_logprobs": sum(math.isnan(p) for sample in samples for p in sample.tokens.behaviour_logprobs),

@@ -42,7 +42,7 @@ class Update:
 
 def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: int) -> int:
     """Number of the mini-batch that the sample belongs to, by its place in the whole world's iteration."""
-    place = sample.request.prompt_index * group_size + sample.request.sample_index
+    place = sample.request.prompt_index % prompts * group_size + sample.request.sample_index
     return place * mini_batches // (prompts * group_size)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import rl.evaluate
@@ -94,9 +95,21 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 FULL = replace(RL, mini_batches=2, beta=0.1, reference_refresh=3, off_policy_delta=0.5)
+OPTIONS = replace(
+    FULL,
+    beta=0.0,
+    domain_beta={"arithmetic": 0.1},
+    loss_mean="token",
+    old_logprobs="trainer",
+    importance_cap=2.0,
+    group_size=2,  # often equal
+    dynamic_sampling=True,
+    max_resample=2,
+)
 
 
-def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
+@pytest.mark.parametrize("rl", [FULL, OPTIONS], ids=["full", "options"])
+def test_a_killed_run_ends_in_the_same_bits(rl: RLConfig, base: str, tmp_path: Path):
     """Killed in iteration 5, between its rollout and its update; checkpoints are every second iteration, the reference
     that iterations 4 to 6 need was taken after the third."""
 
@@ -106,7 +119,7 @@ def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
             os._exit(9)
 
     saved = tmp_path / "killed/checkpoints/step_4"
-    whole, killed = (config(tmp_path / name, base, rl=FULL) for name in ("whole", "killed"))
+    whole, killed = (config(tmp_path / name, base, rl=rl) for name in ("whole", "killed"))
     assert go(whole, 2) == ["finished"] * 2
     with pytest.raises(AssertionError):
         go(killed, 2, die)
@@ -121,6 +134,9 @@ def test_a_killed_run_ends_in_the_same_bits(base: str, tmp_path: Path):
     assert "flops/rl_over_pretrain" not in found[0]  # nobody said what made the base
     references = sorted(path.name for path in (tmp_path / "whole" / "reference").iterdir())
     assert references == ["step_3.safetensors", "step_6.safetensors"]
+    if rl.dynamic_sampling:
+        assert sum(row["rollout/resampled_groups"] for row in found) > 0
+        assert found[0]["policy/importance_mean"] == pytest.approx(1, abs=1e-4)  # the sampler is the trainer here
 
 
 def test_a_save_in_flight_keeps_its_reference(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -175,7 +191,18 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     return rows(folder)
 
 
-EVERYTHING = replace(RL, mini_batches=2, beta=0.1, reference_refresh=1, top_p=0.95, keep_selection=True)
+EVERYTHING = replace(
+    RL,
+    mini_batches=2,
+    beta=0.1,
+    reference_refresh=1,
+    top_p=0.95,
+    keep_selection=True,
+    old_logprobs="trainer",
+    importance_cap=2.0,
+    off_policy_delta=0.5,
+    dynamic_sampling=True,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,6 +244,102 @@ def test_a_run_goes_on_in_another_layout(first: str, then: str, base: str, tmp_p
     for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "changed"), strict=True):
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (one["step"], name)
+
+
+def test_pi_old_of_the_trainer_is_from_before_the_first_step(base: str, tmp_path: Path):
+    """The sampler here is the trainer but for rounding, so either pi_old gives the same second step, off policy."""
+    found = {}
+    for whose, cap in (("sampler", None), ("trainer", 2.0)):
+        rl = replace(RL, mini_batches=2, old_logprobs=whose, importance_cap=cap)
+        run = config(tmp_path / whose, base, rl=rl, steps=1)
+        assert go(replace(run, optim=replace(run.optim, lr=1e-2))) == ["finished"]
+        (found[whose],) = rows(tmp_path / whose)
+    assert abs(found["sampler"]["policy/ratio_mean"] - 1) > 1e-3
+    assert found["trainer"]["flops/update"] > found["sampler"].pop("flops/update")
+    for name, value in found["sampler"].items():
+        assert found["trainer"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_groups_of_equal_rewards_are_replaced_until_rewards_differ_or_the_rounds_end(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rewards by the seed of the sample's group alone: of four prompts two are equal, then one, then none; one rank and
+    two draw the same and train on the same places."""
+    told = tmp_path / "told"
+    told.mkdir()
+
+    def grade(samples: list[Any], pool: Any, rl: RLConfig, client: None) -> tuple[list[Any], list[str]]:
+        equal = {1, 3, 5}  # 5 = 4 + 1: the first to take place 1; 7 takes place 3, 9 place 1 again
+        graded = []
+        for sample in samples:
+            request = sample.request
+            (told / f"{request.prompt_index}_{request.sample_index}").write_text(f"{request.answer} {request.seed}")
+            reward = 1.0 if request.prompt_index in equal else float(request.sample_index == 0)
+            graded.append(replace(sample, reward_parts=dict.fromkeys(rl_parts, 1.0), reward=reward))
+        return graded, []
+
+    improve = rl.loop.improve
+
+    def improve_and_tell(*args: Any) -> dict[str, float]:
+        trained = sorted({sample.request.prompt_index for sample in args[2].trained})
+        (tmp_path / f"trained_{dist.get_rank()}").write_text(json.dumps(trained))
+        return improve(*args)
+
+    rl_parts = rl.loop.part_names(RL)
+    monkeypatch.setattr(rl.loop, "grade", grade)
+    monkeypatch.setattr(rl.loop, "improve", improve_and_tell)
+    found = {}
+    for world, rounds in ((1, 3), (2, 3), (1, 1)):
+        folder = tmp_path / f"{world}_{rounds}"
+        drawn = replace(RL, group_size=2, dynamic_sampling=True, max_resample=rounds)
+        assert go(config(folder, base, rl=drawn, steps=1), world) == ["finished"] * world
+        (found[world, rounds],) = rows(folder)
+        prompts = sorted({int(path.name.split("_")[0]) for path in told.iterdir()})
+        assert prompts == ([0, 1, 2, 3, 5, 7, 9] if rounds == 3 else [0, 1, 2, 3, 5, 7])
+        trained = [json.loads((tmp_path / f"trained_{rank}").read_text()) for rank in range(world)]
+        assert sorted(sum(trained, [])) == ([0, 2, 7, 9] if rounds == 3 else [0, 2, 5, 7])
+        content = {path.name: path.read_text() for path in told.iterdir()}
+        assert len({text.split()[1] for text in content.values()}) == len(content)  # every sample has a seed of its own
+        for path in told.iterdir():
+            path.unlink()
+        assert content.items() <= found.setdefault("content", content).items()
+    one, two, short = found[1, 3], found[2, 3], found[1, 1]  # in `short` place 1 ends with a group of equal rewards
+    assert one["rollout/resampled_groups"] == 3 and short["rollout/resampled_groups"] == 2
+    assert one["reward/zero_spread_frac"] == pytest.approx(3 / 7)
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert one["loss/policy"] != short["loss/policy"]
+
+
+def test_every_group_equal_ends_after_the_rounds(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rl.groups, "total_reward", lambda parts, rl: 1.0)
+    drawn = replace(RL, dynamic_sampling=True, max_resample=2)
+    assert go(config(tmp_path / "run", base, rl=drawn, steps=1), 2) == ["finished"] * 2
+    (row,) = rows(tmp_path / "run")
+    assert row["rollout/resampled_groups"] == 8 and row["reward/zero_spread_frac"] == 1
+    assert row["loss/policy"] == 0 and row["optim/grad_norm"] == 0
+
+
+def test_the_measure_of_eq_9_is_logged_for_every_delta(base: str, tmp_path: Path):
+    """On policy it is rounding; after a step it has moved, and a delta of 0 masks what lies above it."""
+    run = config(tmp_path / "run", base, rl=replace(RL, mini_batches=2, off_policy_delta=0.0), steps=2)
+    assert go(replace(run, optim=replace(run.optim, lr=1e-2)), 2) == ["finished"] * 2
+    for row in rows(tmp_path / "run"):
+        spread = [row[f"policy/off_policy_kl_{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert spread == sorted(spread) and spread[-1] > 1e-3
+        assert 0 < row["policy/off_policy_above_delta_frac"] <= 1
+    run = config(tmp_path / "first", base, steps=1)
+    assert go(run) == ["finished"]
+    (row,) = rows(tmp_path / "first")
+    assert row["policy/off_policy_kl_max"] < 1e-4 and "policy/off_policy_above_delta_frac" not in row
+
+
+def test_a_strength_for_an_unknown_domain_is_refused(base: str, tmp_path: Path):
+    run = config(tmp_path / "run", base, rl=replace(RL, domain_beta={"arithmetics": 0.1}))
+    with pytest.raises(
+        AssertionError, match=r"names arithmetics, a domain without any prompt: did you mean arithmetic\?"
+    ):
+        go(run, 2)
 
 
 def test_the_policy_finds_what_is_rewarded(base: str, tmp_path: Path):

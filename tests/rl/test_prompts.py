@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from conf.errors import UserError
 from conf.schema import RLConfig
 from data.prompts import Prompt
-from rl.prompts import PATIENCE, PromptStream, sample_seed
+from rl.prompts import PATIENCE, PromptStream, refuse_unknown_domains, sample_seed
 
 RL = RLConfig(prompts_per_step=6, group_size=3)
 
@@ -46,6 +47,31 @@ def test_going_on_is_the_same_as_having_drawn():
     jumped.go_to(2, walked.position, walked.too_long)
     assert jumped.requests(1, 2) == walked.requests(1, 2)
     assert walked.too_long == jumped.too_long > 0
+
+
+def test_replacements_are_the_next_prompts_in_the_places_of_those_left_out():
+    """Indices 1 and 4 of six: 7 and 10 take their places; whichever rank draws them, they and what follows are the
+    same."""
+    alone, shared = stream(numbers(1)), [stream(numbers(1)) for _ in range(2)]
+    first = alone.requests(0, 1)
+    more = alone.replacements([1, 4], 0, 1)
+    assert [(r.prompt_index, r.answer) for r in more if r.sample_index == 0] == [(7, "6"), (10, "7")]
+    assert not {r.seed for r in first} & {r.seed for r in more}
+    assert more[0].seed == sample_seed(5, 0, 7, 0)
+    for s, rank in zip(shared, range(2), strict=True):
+        s.requests(rank, 2)
+    assert [r for rank, s in enumerate(shared) for r in s.replacements([1, 4], rank, 2)] == more
+    assert alone.position == shared[0].position == 8
+    assert alone.requests(0, 2) == shared[0].requests(0, 2)
+    jumped = stream(numbers(1))
+    jumped.go_to(1, 8, 0)
+    assert jumped.requests(0, 2) == shared[1].requests(0, 2)
+
+
+def test_a_strength_for_a_domain_without_prompts_is_the_users_mistake():
+    refuse_unknown_domains(replace(RL, domain_beta={"math": 0.0}), {"math", "code"})
+    with pytest.raises(UserError, match=r"names maths, a domain without any prompt: did you mean math\?"):
+        refuse_unknown_domains(replace(RL, domain_beta={"math": 0.0, "maths": 0.1}), {"math", "code"})
 
 
 def test_no_two_samples_share_a_seed():

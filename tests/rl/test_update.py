@@ -157,6 +157,8 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
         for s in range(GROUP)
     ]
     numbers = [mini_batch_of(sample, PROMPTS, GROUP, mini_batches) for sample in samples]
+    later = [replace(s, request=replace(s.request, prompt_index=s.request.prompt_index + PROMPTS)) for s in samples]
+    assert [mini_batch_of(sample, PROMPTS, GROUP, mini_batches) for sample in later] == numbers  # replacements
     assert numbers == sorted(numbers) and set(numbers) == set(range(mini_batches))
 
 
