@@ -379,14 +379,15 @@ class _Batch:
             for place in live.tolist():
                 self.kept[place].append(kept[place].nonzero().squeeze(1).tolist())
         self.step += self.running
-        ended = (token == self.eos_id) | (self.step >= self.budget)
+        said_all = token == self.eos_id
         if self.stopped is not None:
             ids, steps = self.ids.tolist(), self.step.tolist()
             for place in live.tolist():
-                ended[place] |= self.stopped(ids[place][: steps[place]])
+                said_all[place] |= self.stopped(ids[place][: steps[place]])
+        ended = said_all | (self.step >= self.budget)
         finished = (self.running & ended).nonzero().squeeze(1).tolist()
         for place in finished:
-            self._finish(place)
+            self._finish(place, "stop" if said_all[place] else "length")
         self.running &= ~ended
         if self.running.any():
             # a place that is free runs along on its last position and is overwritten by whoever takes it
@@ -395,15 +396,14 @@ class _Batch:
         self.position += self.running
         return finished
 
-    def _finish(self, place: int) -> None:
+    def _finish(self, place: int, reason: str) -> None:
         size, ask = int(self.step[place]), self.asks[self.asked[place]]
         ids, rows = self.ids[place, :size].tolist(), len(ask.prompt) + size - 1
         records = self.decoder.records
-        ended = ids[-1] == self.eos_id or (self.stopped is not None and self.stopped(ids))
         self.found[self.asked[place]] = Generation(
             ids,
             self.logps[place, :size].tolist(),
-            "stop" if ended else "length",
+            reason,
             self.kept[place] if self.sampling.drops_words and self.sampling.temperature > 0 else None,
             None if records.experts is None else records.experts[place, :rows].to("cpu", copy=True),
             None if records.selected is None else records.selected[place, :rows].to("cpu", copy=True),

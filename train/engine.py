@@ -30,7 +30,7 @@ from train import distributed
 from train.ds_config import ds_config
 from train.optim import SkippableAdamW, apply_rates
 from train.parallel.ep import expert_group, frozen_checksum, mark
-from train.parallel.zero3 import full_shape
+from train.parallel.zero3 import full_shape, stretch
 from train.precision import autocast_dtype
 from train.shards import Reader, key_of
 
@@ -215,9 +215,9 @@ class Engine:
             for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
                 with self._in_memory(group, load):
                     for p in optimizer.fp16_groups[group]:
-                        _, offset, length = optimizer.grad_position[optimizer.get_param_id(p)]
-                        start = optimizer._get_param_partition_rank(p) * p.partition_numel()
-                        yield p, start, flat, offset, min(length, p.ds_numel - start)
+                        _, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+                        start, length = stretch(p)
+                        yield p, start, flat, offset, length
         else:
             flats = optimizer.single_partition_of_fp32_groups
             for flat, group in zip(flats, optimizer.bit16_groups, strict=True):

@@ -214,13 +214,6 @@ def topk_indices(scores: Tensor, k: int, offset: int = 0) -> Tensor:
     return indices
 
 
-def topk_mask(scores: Tensor, k: int) -> Tensor:
-    """[rows, n] bool of `select_topk`."""
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    mask.view(-1)[select_topk(scores, k)[0]] = True
-    return mask
-
-
 class _ReadyGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
