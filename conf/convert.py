@@ -2,7 +2,7 @@
 
 A dict may leave out a field that has a default; it may not hold one that the schema lacks. `int` is taken where `float`
 is wanted and nothing else is converted: `bool` is no `int`, "3" is no number, null only where the schema says `| None`.
-A field of `dict[str, X]` holds values under names of the user's choice, each checked as an X.
+A field of `dict[str, X]` holds values under names of the user's choice, each checked as an X, which may be a section.
 """
 
 from __future__ import annotations
@@ -54,6 +54,21 @@ def is_mapping(hint: Any) -> bool:
     return get_origin(hint) is dict
 
 
+def leaf_type(key: str) -> Any:
+    """The annotation of a dotted key, `rl.domains.NAME.beta` included; None where there is no such field."""
+    leaves = leaf_types()
+    if key in leaves:
+        return leaves[key]
+    for mapping, hint in leaves.items():
+        if is_mapping(hint) and key.startswith(mapping + "."):
+            name, _, inner = key.removeprefix(mapping + ".").partition(".")
+            kind = get_args(hint)[1]
+            if name and not inner:
+                return None if is_dataclass(kind) else kind
+            return get_type_hints(kind).get(inner) if is_dataclass(kind) else None
+    return None
+
+
 def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
     """The end of an unknown key's error: the same name in another section, else the nearest spelling, else what exists.
 
@@ -61,8 +76,12 @@ def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
     """
     leaves = [leaf for leaf in leaf_types() if leaf != "stage"]  # set by +stage=S alone
     section, _, last = key.rpartition(".")
-    if is_mapping(leaf_types().get(section)):
-        return f"its names are given together, {section}={{{last}: VALUE}}"
+    for mapping, hint in leaf_types().items():
+        if is_mapping(hint) and key.startswith(mapping + "."):
+            name, _, wrong = key.removeprefix(mapping + ".").partition(".")
+            of_each = list(get_type_hints(get_args(hint)[1]))
+            close = get_close_matches(wrong, of_each, n=1)
+            return f"did you mean {mapping}.{name}.{close[0]}?" if close else f"valid there: {', '.join(of_each)}"
     inside = [leaf for leaf in leaves if leaf.startswith(key + ".")]
     if inside:
         return f"it is a section, set one of its keys: {', '.join(inside)}"
@@ -103,7 +122,11 @@ def _checked_mapping(key: str, value: Any, hint: Any) -> dict[str, Any]:
     for name in value:
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{key} has the name {name!r:.80}, which is no text: give another")
-    return {name: _checked(f"{key}.{name}", inner, hint) for name, inner in value.items()}
+    return {name: _field(f"{key}.{name}", inner, hint) for name, inner in value.items()}
+
+
+def _field(key: str, value: Any, hint: Any) -> Any:
+    return _build(hint, value, f"{key}.") if is_dataclass(hint) else _checked(key, value, hint)  # type: ignore[arg-type]
 
 
 def _build(cls: type[T], values: Any, prefix: str) -> T:
@@ -120,8 +143,7 @@ def _build(cls: type[T], values: Any, prefix: str) -> T:
             if spec.default is MISSING and spec.default_factory is MISSING:
                 raise UserError(f"{key} is missing: give {key}=...")
             continue
-        hint, value = hints[spec.name], values[spec.name]
-        filled[spec.name] = _build(hint, value, key + ".") if is_dataclass(hint) else _checked(key, value, hint)  # type: ignore[arg-type]
+        filled[spec.name] = _field(key, values[spec.name], hints[spec.name])
     return cls(**filled)
 
 

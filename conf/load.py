@@ -27,6 +27,7 @@ from conf.convert import (
     from_dict,
     is_list,
     is_mapping,
+    leaf_type,
     leaf_types,
     load_yaml,
     redacted,
@@ -102,7 +103,8 @@ def _value_override(arg: str, key: str, text: str, hint: Any) -> str:
         raise UserError(f"{arg}: the value of {key} cannot be read ({_one_line(error)}): give a plain value") from error
     if parsed.is_sweep_override():
         raise UserError(f"{arg}: a run takes one value for {key}: start one run for each value")
-    return f"++{key}={text}" if is_mapping(hint) else f"{key}={text}"  # its names are new to Hydra
+    known_to_hydra = key in leaf_types() and not is_mapping(hint)  # names of the user's choice are not
+    return f"{key}={text}" if known_to_hydra else f"++{key}={text}"
 
 
 def _checked_override(arg: str) -> tuple[str, str]:
@@ -117,14 +119,14 @@ def _checked_override(arg: str) -> tuple[str, str]:
         if not name.startswith("+"):
             raise UserError(f"{arg}: the stage is chosen with a plus: +stage={text}")
         return key, _stage_override(arg, text)
-    leaves = leaf_types()
-    if key not in leaves and key not in GROUPS:
+    hint = leaf_type(key)
+    if hint is None and key not in GROUPS:
         if "@" not in key:
             raise UserError(f"{arg}: unknown key {key}: {suggest_key(key, groups=(*GROUPS, '+stage'))}")
         raise UserError(f"{arg}: a group cannot be moved with @: choose it as {key.partition('@')[0]}={text}")
     if name.startswith("+"):
         raise UserError(f"{arg}: {key} exists already and nothing can be added: write {key}={text}")
-    return key, _group_override(arg, key, text) if key in GROUPS else _value_override(arg, key, text, leaves[key])
+    return key, _group_override(arg, key, text) if key in GROUPS else _value_override(arg, key, text, hint)
 
 
 def load(argv: list[str]) -> Loaded:

@@ -7,7 +7,8 @@ Architecture fields carry the names of Hugging Face's `DeepseekV32Config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 TASK_LEVELS = {"arithmetic": 18, "words": 6, "sorting": 8, "countdown": 5, "counting": 9}  # data/tasks: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
@@ -150,12 +151,33 @@ class TrackerConfig:
 
 
 @dataclass(frozen=True)
+class DomainConfig:
+    """What a domain of mixed RL has of its own; null: as the run has it. Either all domains bring their prompts, by
+    `path` or `tasks`, or none does and they are the rows of `rl.path` that name them in the column `domain`."""
+
+    path: str | None = None
+    tasks: tuple[str, ...] = ()
+    share: float = 1.0  # of the prompts, beside the shares of the other domains
+    max_new_tokens: int | None = None
+    beta: float | None = None
+    outcome: str | None = None
+    format_weight: float | None = None
+    length_penalty: float | None = None
+    length_shape: str | None = None
+    overlong_cache: int | None = None
+    language: str | None = None
+    language_weight: float | None = None
+    judge_weight: float | None = None
+
+
+@dataclass(frozen=True)
 class RLConfig:
     profile: str = "standard"  # standard | speciale
     path: str | None = (
         None  # rows of {"prompt", "answer"}: JSONL, Parquet or hf:NAME (`datasets`); null: generated here
     )
     tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL, mixed, where there is no path; none: data.tasks
+    domains: dict[str, DomainConfig] = field(default_factory=dict)  # {NAME: what differs there}, one stage for all
     prompts_per_step: int = 16  # prompts of the whole world in an iteration
     group_size: int = 8  # G: samples a prompt
     dynamic_sampling: bool = False  # groups of equal rewards are replaced by those of further prompts
@@ -175,11 +197,10 @@ class RLConfig:
     old_logprobs: str = "sampler"  # whose log-probs pi_old is: the sampler's | the trainer's, before the first step
     importance_cap: float | None = None  # C of the weight min(pi_old / pi_sampler, C); needs old_logprobs=trainer
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
-    domain_beta: dict[str, float] = field(default_factory=dict)  # and in the domains that have their own: {math: 0}
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
-    outcome: str = "exact_match"  # exact_match | math_verify | judge (by the row's rubric) | proof
+    outcome: str = "exact_match"  # exact_match | math_verify | task | judge (by the row's rubric) | proof
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
     length_penalty: float = 0.0  # strength; linear: share of its reward that a right answer of full length loses
     length_shape: str = "linear"  # linear | soft_overlong (DAPO) | group_relative (Kimi k1.5), see docs/rewards.md
@@ -197,21 +218,39 @@ class RLConfig:
     tools: bool = False
     reward_timeout_s: float = 10.0
     reward_workers: int = 1
-    eval_prompts: int = 256  # evaluate: held-out problems
+    eval_every: int = 0  # grpo: iterations between measurements of held-out accuracy; 0: never
+    eval_prompts: int = 256  # evaluate: held-out problems, of each domain that brings its own
     pack_len: int = 1024  # tokens of one packed training sequence
     pretrain_tokens: float | None = None  # of the base, for flops/rl_over_pretrain; null: by the runs behind init_from
 
     @property
-    def needs_judge(self) -> bool:
-        return self.outcome in ("judge", "proof") or self.judge_weight > 0
+    def mixes(self) -> bool:
+        """Whether the domains bring their own prompts."""
+        return any(domain.path is not None or domain.tasks for domain in self.domains.values())
 
-    def beta_of(self, domain: str) -> float:
-        """Strength of the KL to the reference for a prompt of this domain."""
-        return self.domain_beta.get(domain, self.beta)
+    def of(self, domain: str) -> RLConfig:
+        """The settings that hold for prompts of a domain."""
+        own = self.domains.get(domain)
+        if own is None:
+            return self
+        data: dict[str, Any] = {"path": own.path, "tasks": own.tasks} if self.mixes else {}
+        names = [spec.name for spec in fields(own) if spec.name not in ("path", "tasks", "share")]
+        given = {name: value for name in names if (value := getattr(own, name)) is not None}
+        return replace(self, domains={}, **data, **given)
+
+    @property
+    def views(self) -> list[RLConfig]:
+        """All settings that prompts of this run may be under: of every domain, and of those without a name here."""
+        own = [self.of(name) for name in self.domains]
+        return own if self.mixes else [self, *own]
+
+    @property
+    def needs_judge(self) -> bool:
+        return any(view.outcome in ("judge", "proof") or view.judge_weight > 0 for view in self.views)
 
     @property
     def needs_reference(self) -> bool:
-        return max(self.beta, *self.domain_beta.values(), 0.0) > 0
+        return any(view.beta > 0 for view in self.views)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """The rules that a typed config must still keep: ranges, names from a list, and everything that spans two fields.
 
 A rule is a small pure function `(config, world_size) -> messages` in `RULES`; none sees another's result, so one run of
-the program shows every violation. A message is one line: the value, the reason, the fix. What is legal but surely not
-meant is a warning. `NOT_YET` holds what the schema can say and the code cannot do.
+the program shows every violation. Every domain of `rl.domains` is held against them as a run with its settings. A
+message is one line: the value, the reason, the fix. What is legal but surely not meant is a warning. `NOT_YET` holds
+what the schema can say and the code cannot do.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from conf.convert import leaf_types, to_dict
@@ -50,6 +53,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "parallel.zero",
     "parallel.persist_below",
     "rl.reference_refresh",
+    "rl.eval_every",
     "rl.top_k",
     "rl.judge_retries",
 }
@@ -89,6 +93,7 @@ NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which value
     "rl.tools": (lambda value: value is True, "rl.tools=false"),
     "model.tie_word_embeddings": (lambda value: value is True, "model.tie_word_embeddings=false"),
 }
+DOMAIN_NAME = re.compile(r"[\w.-]+")
 BYTE_LEVEL_FLOOR = 256 + 7  # a trained tokenizer holds every byte and seven special tokens
 
 
@@ -100,15 +105,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         key = prefix + name
         flat |= flatten(value, f"{key}.") if isinstance(value, dict) and key not in leaves else {key: value}
     return flat
-
-
-def single_values(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
-    """(the field's key, the key as it is shown, value) of every value, one by one where a field holds a mapping."""
-    for key, value in flatten(to_dict(config)).items():
-        if isinstance(value, dict):
-            yield from ((key, f"{key}.{name}", inner) for name, inner in value.items())
-        else:
-            yield key, key, value
 
 
 def contains(interval: str, value: float) -> bool:
@@ -127,15 +123,15 @@ def known_names(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def numbers_in_range(config: RunConfig, world_size: int) -> Iterator[str]:
-    for key, shown, value in single_values(config):
+    for key, value in flatten(to_dict(config)).items():
         if type(value) is int:
             least = 0 if key in MAY_BE_ZERO else 1
             if value < least:
-                yield f"{shown}={value} is too small: give {least} or more"
+                yield f"{key}={value} is too small: give {least} or more"
         elif type(value) is float:
             interval = INTERVALS.get(key, "[0, inf)")
             if not contains(interval, value):
-                yield f"{shown}={value:g} is outside {interval}: give a value inside"
+                yield f"{key}={value:g} is outside {interval}: give a value inside"
 
 
 def supported(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -185,7 +181,7 @@ def tasks_are_graded(config: RunConfig, world_size: int) -> Iterator[str]:
     data, rl = config.data, config.rl
     if rl.path is not None and rl.tasks:
         yield f"rl.tasks={','.join(rl.tasks)} is not read beside rl.path={rl.path}: leave one of them out"
-    if config.stage not in ("grpo", "evaluate") or rl.path is not None:
+    if config.stage not in ("grpo", "evaluate") or rl.path is not None or rl.mixes:
         return
     asked = {name.partition(":")[0] for name in rl.tasks or data.tasks}
     if "countdown" in asked and rl.outcome in ("exact_match", "math_verify"):
@@ -302,6 +298,25 @@ def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "data.heldout=0 leaves evaluate nothing to measure on: give the share that training left out"
 
 
+def rl_domains(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    for name, own in rl.domains.items():
+        if not DOMAIN_NAME.fullmatch(name):
+            yield f"rl.domains has the name {name!r}, which is part of a metric's: give letters, digits, _ - and ."
+        if rl.mixes and own.path is None and not own.tasks:
+            yield f"rl.domains.{name} has no prompts while others bring theirs: give it a path or tasks as well"
+        if not rl.mixes and own.share != 1:
+            yield (
+                f"rl.domains.{name}.share={own.share:g} cannot choose among the rows of one file: leave it out, or give"
+                " every domain a path or tasks of its own"
+            )
+        if own.share <= 0:
+            yield f"rl.domains.{name}.share={own.share:g} is outside (0, inf): leave the domain out"
+    if rl.mixes and (rl.path is not None or rl.tasks):
+        named = f"rl.path={rl.path}" if rl.path is not None else f"rl.tasks={','.join(rl.tasks)}"
+        yield f"{named} is not read beside rl.domains, which bring their own prompts: leave one of them out"
+
+
 def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     rl = config.rl
     longest = config.model.max_position_embeddings
@@ -345,7 +360,8 @@ def rl_rewards(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def judge_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
     rl = config.rl
-    if config.stage not in ("grpo", "evaluate") or not rl.needs_judge:
+    own = rl.outcome in ("judge", "proof") or rl.judge_weight > 0
+    if config.stage not in ("grpo", "evaluate") or not own or rl.mixes:
         return
     asks = f"rl.outcome={rl.outcome}" if rl.outcome in ("judge", "proof") else f"rl.judge_weight={rl.judge_weight:g}"
     if rl.outcome == "judge" and rl.judge_weight > 0:
@@ -412,6 +428,7 @@ RULES: tuple[Rule, ...] = (
     stage_layout,
     offload,
     heldout_to_measure,
+    rl_domains,
     rl_batch,
     rl_rewards,
     judge_is_given,
@@ -422,6 +439,14 @@ RULES: tuple[Rule, ...] = (
 
 def violations(config: RunConfig, world_size: int = 1) -> list[str]:
     """Every broken rule as one line; empty if the run may start. `world_size`: processes of the whole run."""
+    found = _broken(config, world_size)
+    for name in config.rl.domains:
+        of_domain = _broken(replace(config, rl=config.rl.of(name)), world_size)
+        found += [f"domain {name}: {message}" for message in of_domain if message not in found]
+    return found
+
+
+def _broken(config: RunConfig, world_size: int) -> list[str]:
     return [" ".join(message.splitlines()) for rule in RULES for message in rule(config, world_size)]
 
 

@@ -7,7 +7,7 @@ earlier stage (`data.split`). Any position can be reached at once: a resumed run
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,10 @@ from conf.errors import UserError
 from data.rows import ROW_SUFFIXES, BadRows, find_files, read_rows
 from data.sources import load_dataset, question_key
 from data.split import in_split
-from data.tasks import Problem, arithmetic, choose, heldout_problems, mixed_problems
+from data.tasks import TASKS, Problem, arithmetic, choose, heldout_problems, mixed_problems
 
 COLUMNS = ("prompt", "answer", "domain", "rubric")
+NO_DOMAIN = "general"  # of rows that name none
 HF = "hf:"  # before the name of a `datasets` set
 
 
@@ -33,6 +34,11 @@ class Prompt:
     domain: str
     key: str
     rubric: str = ""
+    task: str = ""  # of data/tasks, whose grader knows it; a row's is its domain
+
+
+def _needs_answer(domain: str) -> Sequence[str]:
+    return ("answer",)
 
 
 def prompts(
@@ -44,7 +50,7 @@ def prompts(
     *,
     start: int = 0,
     max_bad_rows: int = 100,
-    needs: Sequence[str] = ("answer",),
+    needs: Callable[[str], Sequence[str]] = _needs_answer,
     tasks: Sequence[str] = (),
     hf_split: str = "train",
 ) -> Iterator[Prompt]:
@@ -52,8 +58,8 @@ def prompts(
 
     train: no end; a file is shuffled anew every epoch. heldout: each key once, in an order of `seed`, then it ends.
     `path` None: problems of `tasks` (TASK or TASK:LEVEL), else additions of `digits` digits; a path `hf:NAME` is a
-    `datasets` set, of which `hf_split` is read. `needs`: the columns besides the prompt that a row must have, as the
-    reward asks for them. UserError: no file, too many malformed rows, an empty split.
+    `datasets` set, of which `hf_split` is read. `needs`: domain -> the columns besides the prompt that its rows must
+    have, as the reward asks for them. UserError: no file, too many malformed rows, an empty split.
     """
     if path is None and tasks:
         chosen = choose(tasks, digits)
@@ -92,7 +98,7 @@ def train_domains(
     path: str | Path | None,
     heldout: float = 0.1,
     max_bad_rows: int = 100,
-    needs: Sequence[str] = ("answer",),
+    needs: Callable[[str], Sequence[str]] = _needs_answer,
     tasks: Sequence[str] = (),
     hf_split: str = "train",
 ) -> set[str]:
@@ -107,7 +113,7 @@ def read_prompts(
     split: str,
     heldout: float,
     max_bad_rows: int = 100,
-    needs: Sequence[str] = ("answer",),
+    needs: Callable[[str], Sequence[str]] = _needs_answer,
     hf_split: str = "train",
 ) -> list[Prompt]:
     """The prompts of a split in the order of the files (.jsonl(.gz/.zst), .parquet; a file, a glob or a folder), or of
@@ -125,7 +131,9 @@ def read_prompts(
     return found
 
 
-def _rows(path: str, bad: BadRows, needs: Sequence[str], hf_split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(
+    path: str, bad: BadRows, needs: Callable[[str], Sequence[str]], hf_split: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(origin, row) of files or of a `datasets` set."""
     if not path.startswith(HF):
         for file in find_files(path, "rl.path", ROW_SUFFIXES):
@@ -134,7 +142,8 @@ def _rows(path: str, bad: BadRows, needs: Sequence[str], hf_split: str) -> Itera
     name = path.removeprefix(HF)
     dataset = load_dataset(name, hf_split, f"rl.path={path}")
     present = [column for column in COLUMNS if column in dataset.column_names]
-    missing = [column for column in ("prompt", *needs) if column not in present]
+    wanted = () if "domain" in present else needs(NO_DOMAIN)
+    missing = [column for column in ("prompt", *wanted) if column not in present]
     if missing:
         has = ", ".join(dataset.column_names)
         raise UserError(f"rl.path={path} has no column {' and no column '.join(missing)}: it has {has}; rename them")
@@ -142,29 +151,30 @@ def _rows(path: str, bad: BadRows, needs: Sequence[str], hf_split: str) -> Itera
         yield f"{name}[{hf_split}]:{number}", row
 
 
-def _from_row(row: Mapping[str, Any], needs: Sequence[str]) -> Prompt:
+def _from_row(row: Mapping[str, Any], needs: Callable[[str], Sequence[str]]) -> Prompt:
     """ValueError with the reason if a row is no prompt. A number is taken as an answer by its digits."""
     prompt, answer, domain, rubric = (row.get(name) for name in COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError('no "prompt"' if prompt is None else '"prompt" is no string with text')
-    missing = [name for name in needs if row.get(name) is None]
+    if domain is not None and not isinstance(domain, str):
+        raise ValueError('"domain" is not a string')
+    domain = domain or NO_DOMAIN
+    missing = [name for name in needs(domain) if row.get(name) is None]
     if missing:
         raise ValueError(f'no "{missing[0]}"')
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
         raise ValueError('"answer" is neither a number nor a string with text')
-    if domain is not None and not isinstance(domain, str):
-        raise ValueError('"domain" is not a string')
     if rubric is not None and (not isinstance(rubric, str) or not rubric.strip()):
         raise ValueError('"rubric" is no string with text')
     answer, rubric = answer or "", rubric or ""
     (prompt + answer + rubric).encode("utf-8")  # a lone surrogate cannot be tokenised; UnicodeError is a ValueError
-    return Prompt(prompt, answer, domain or "general", question_key(prompt), rubric)
+    return Prompt(prompt, answer, domain, question_key(prompt), rubric, domain if domain in TASKS else "")
 
 
 def _from_problem(problem: Problem, domain: str = arithmetic.DOMAIN) -> Prompt:
-    return Prompt(problem.prompt, problem.answer, domain, problem.key)
+    return Prompt(problem.prompt, problem.answer, domain, problem.key, task=domain)
 
 
 def _either_way(pair: tuple[int, int], seed: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
+DOMAIN_KEY = re.compile(r"^(?P<group>domain|heldout)/(?P<domain>.+)/(?P<name>[^/]+)$")
 LAYER_KEY = re.compile(r"^(?P<group>.+)/layer_(?P<layer>\d+)/(?P<name>.+)$")
 
 
@@ -51,6 +52,14 @@ METRICS = {
     "reward/failed_grades": Metric("Failed grades", "", "low"),
     "reward/failed_groups": Metric("Groups left out", "", "low"),
     "reward/num_problems": Metric("Problems"),
+    "heldout/accuracy": Metric("Held-out accuracy, all domains", "", "high", share=True),
+    "accuracy": Metric("Accuracy", "", "high", share=True),  # the last part of a domain's key
+    "reward": Metric("Reward", "", "high"),
+    "length_mean": Metric("Length of an answer", "tokens"),
+    "truncated_frac": Metric("Truncated answers", "", "low", share=True),
+    "zero_spread_frac": Metric("Groups of equal rewards", share=True),
+    "kl_ref": Metric("KL to the reference", "nats/token", log=True),
+    "samples": Metric("Samples"),
     "rollout/tokens_per_s": Metric("Sampling throughput", "tokens/s", "high"),
     "rollout/prompts_too_long": Metric("Prompts too long", "", "low"),
     "rollout/length_mean": Metric("Length of an answer", "tokens"),
@@ -91,6 +100,8 @@ SECTIONS = (
     ("loss/", "Losses", "What training minimises, on the training batches."),
     ("indexer/", "Indexer health", "How much of the attention the lightning indexer finds, averaged over layers."),
     ("moe/", "Experts", "How evenly the router spreads its tokens."),
+    ("heldout/", "Held-out problems", "One sample a problem that no training step sees, during the run."),
+    ("domain/", "Domains", "The samples of each iteration, by domain."),
     ("reward/", "Rewards", "What the samples of each iteration earned."),
     ("rollout/", "Rollouts", "What sampling produced."),
     ("policy/", "Policy", "How far an update moves the policy."),
@@ -113,6 +124,7 @@ HEADLINES = (
     "indexer/recall_of_oracle_min",
     "reward/mean",
     "reward/accuracy",
+    "heldout/accuracy",
     "rollout/length_mean",
     "mismatch/k3",
     "moe/load_max_over_mean",

@@ -1,7 +1,8 @@
 """The report's page: header, tables, one section a family of metrics, configuration and samples.
 
 A metric that several runs logged is one chart with a line a run, in the run's colour. Per-layer metrics
-(`indexer/layer_03/kl`) become a profile over depth at the last step and a heat map a run.
+(`indexer/layer_03/kl`) become a profile over depth at the last step and a heat map a run, metrics by domain
+(`domain/math/accuracy`) a chart a run with a line a domain.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from launch.report_charts import COLOURS, Panel, Series, line_chart
 from launch.report_data import Run
 from launch.report_heat import Shade, heat_map
 from launch.report_html import document, section, swatch, text
-from launch.report_names import LAYER_KEY, METRICS, SECTIONS, bytes_unit, metric, quantity, section_of
+from launch.report_names import DOMAIN_KEY, LAYER_KEY, METRICS, SECTIONS, bytes_unit, metric, quantity, section_of
 from launch.report_tables import config_table, evaluation_table, glance_table, runs_table, samples_of, summary_table
 
 NEW_ROW = ""
@@ -93,6 +94,21 @@ def layer_figures(runs: list[Run], group: str, name: str) -> list[str]:
     return drawn
 
 
+def domain_figures(runs: list[Run], group: str, name: str) -> list[str]:
+    """One chart a run, with a line for each of its domains."""
+    drawn, known = [], metric(name)
+    for run in runs:
+        keys = sorted(run.keys() - run.evaluation.keys())  # the table of evaluations has the others
+        matches = [match for key in keys if (match := DOMAIN_KEY.match(key))]
+        found = [match for match in matches if (match["group"], match["name"]) == (group, name)]
+        lines = [Series(match["domain"], i, list(run.series(match.string))) for i, match in enumerate(found)]
+        if any(line.finite() for line in lines):
+            title = f"{known.label} by domain" + (f", {run.name}" if len(runs) > 1 else "")
+            panel = Panel(f"{group}/*/{name}", title, lines, known.unit, known.log, known.share)
+            drawn.append(figure(panel, line_chart(panel), legend=True))
+    return drawn
+
+
 def grids(figures: list[str]) -> str:
     """Cards side by side, as many as fit; a new grid from every NEW_ROW on."""
     rows: list[list[str]] = [[]]
@@ -109,16 +125,21 @@ def section_bodies(runs: list[Run]) -> dict[str, str]:
     known = {key: i for i, key in enumerate(METRICS)}
     cards: dict[str, list[str]] = {}
     layered: dict[tuple[str, str], None] = {}
+    by_domain: dict[tuple[str, str], None] = {}
     for key in sorted({key for run in runs for key in run.keys()}, key=lambda k: (known.get(k, len(known)), k)):
         match = LAYER_KEY.match(key)
         if match is not None:
             layered[match["group"], match["name"]] = None
+        elif (match := DOMAIN_KEY.match(key)) is not None:
+            by_domain[match["group"], match["name"]] = None
         elif not all(key in run.evaluation for run in runs if key in run.keys()):  # the table of evaluations has it
             cards.setdefault(section_of(key), []).append(metric_figure(runs, key))
     for group, name in sorted(layered, key=lambda pair: (known.get(pair[1], len(known)), pair)):
         drawn = layer_figures(runs, group, name)
         # Of several runs each metric gets rows of its own, so that their maps stand side by side.
         cards.setdefault(section_of(f"{group}/"), []).extend(drawn if len(runs) == 1 else [NEW_ROW, *drawn])
+    for group, name in sorted(by_domain, key=lambda pair: (known.get(pair[1], len(known)), pair)):
+        cards.setdefault(section_of(f"{group}/"), []).extend(domain_figures(runs, group, name))
     return {prefix: grids(figures) for prefix, figures in cards.items()}
 
 

@@ -6,7 +6,7 @@ reward 0. With dynamic sampling a group of equal rewards is left out as well, fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,7 +61,7 @@ def grade(
     client: the judge, where a reward needs one; it is asked about samples that the rules could grade.
     """
     attempts = [attempt_of(sample, rl) for sample in samples]
-    grades = pool.grade(attempts, rule_parts(rl))
+    grades = pool.grade(attempts, [rule_parts(rl.of(attempt.domain)) for attempt in attempts])
     if client is not None:
         whole_grades = [i for i, given in enumerate(grades) if given.parts is not None]
         judged = judge_grades([attempts[i] for i in whole_grades], client, rl)
@@ -70,28 +70,35 @@ def grade(
     parts = [given.parts for given in grades]
     for group in _groups(samples):
         whole = [(i, found) for i in group if (found := parts[i]) is not None]
-        added = relative_lengths([(samples[i].num_sampled, found) for i, found in whole], rl)
+        of_domain = rl.of(samples[group[0]].request.domain)
+        added = relative_lengths([(samples[i].num_sampled, found) for i, found in whole], of_domain)
         for (i, found), more in zip(whole, added, strict=True):
             parts[i] = found | more
     graded = [
-        sample if found is None else replace(sample, reward_parts=found, reward=total_reward(found, rl))
+        sample if found is None else _rewarded(sample, found, rl.of(sample.request.domain))
         for sample, found in zip(samples, parts, strict=True)
     ]
     return graded, [given.error or "no reason given" for given in grades if given.parts is None]
 
 
+def _rewarded(sample: Sample, parts: Mapping[str, float], rl: RLConfig) -> Sample:
+    return replace(sample, reward_parts=parts, outcome=parts[rl.outcome], reward=total_reward(parts, rl))
+
+
 def attempt_of(sample: Sample, rl: RLConfig) -> Attempt:
     """What graders see of it."""
+    request = sample.request
     return Attempt(
-        prompt=sample.request.prompt,
-        answer=sample.request.answer,
+        prompt=request.prompt,
+        answer=request.answer,
         text=sample.text,
         num_tokens=sample.num_sampled,
-        max_tokens=rl.max_new_tokens,
+        max_tokens=request.max_new_tokens,
         finished=sample.finish_reason == "stop",
-        rubric=sample.request.rubric,
-        language=rl.language,
-        domain=sample.request.domain,
+        rubric=request.rubric,
+        language=rl.of(request.domain).language,
+        domain=request.domain,
+        task=request.task,
     )
 
 

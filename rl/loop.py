@@ -14,27 +14,28 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from conf.schema import RLConfig
 from data.chat import encode_prompt
-from data.prompts import Prompt, prompts, train_domains
+from data.prompts import Prompt
 from model import Transformer
 from rl.groups import Experience, grade, judge
+from rl.heldout import Heldout
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
 from rl.messages import Sample
-from rl.prompts import PromptStream, asked, needed_columns, refuse_unknown_domains
+from rl.prompts import PromptStream, asked, refuse_unknown_domains, train_prompts
 from rl.reference import Reference
-from rl.rewards import part_names
 from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
 from rl.samples import COLUMNS, SamplesWriter, sample_row
-from rl.summary import add_over_ranks, experience_metrics, experience_sums, of_all_ranks, off_policy_metrics
+from rl.summary import add_over_ranks, domain_kl, domain_names, of_all_ranks, off_policy_metrics, rollout_row
 from rl.update import mini_batch_of, run_mini_batch, trainer_logprobs
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
@@ -74,6 +75,7 @@ def run(context: RunContext) -> None:
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     open_ledger(context, state)
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
+    heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
     with pool, opened_judge as client, context.progress(state, "iteration") as progress:
@@ -88,6 +90,10 @@ def run(context: RunContext) -> None:
             seconds = time.monotonic() - start
             row["perf/tokens_per_s"] = row.pop("new_tokens") / seconds
             row |= account(context, experience, state, seconds)
+            if heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps):
+                if copy is not None:
+                    copy.refresh(engine, state.step)
+                row |= heldout.curve(whole, context.stage.attention, autocast, pool, client)
             if context.logs(state.step):
                 context.log(state.step, row)
                 show(context, writer, experience, state.step)
@@ -107,20 +113,13 @@ def freeze(net: Transformer, context: RunContext) -> None:
 def open_prompts(context: RunContext) -> PromptStream:
     """The run's prompts with the chat encoding of its tokenizer."""
     config, tokenizer = context.config, context.tokenizer()
-    rl, data = config.rl, config.data
-    seed = config.train.seed
+    refuse_unknown_domains(config)
 
-    def source(start: int) -> Iterator[Prompt]:
-        return prompts(
-            rl.path, "train", seed, data.operand_digits, data.heldout, start=start, max_bad_rows=data.max_bad_rows,
-            needs=needed_columns(rl), tasks=rl.tasks or data.tasks, hf_split=data.split,
-        )  # fmt: skip
+    def encode(prompt: Prompt) -> list[int]:
+        return encode_prompt(asked(prompt.prompt, config.rl.of(prompt.domain)), tokenizer)
 
-    if rl.domain_beta:
-        needs, tasks = needed_columns(rl), rl.tasks or data.tasks
-        refuse_unknown_domains(rl, train_domains(rl.path, data.heldout, data.max_bad_rows, needs, tasks, data.split))
-    longest = min(rl.pack_len, config.model.max_position_embeddings) - rl.max_new_tokens
-    return PromptStream(source, lambda text: encode_prompt(asked(text, rl), tokenizer), rl, seed, longest)
+    room = min(config.rl.pack_len, config.model.max_position_embeddings)
+    return PromptStream(partial(train_prompts, config), encode, config.rl, config.train.seed, room)
 
 
 def gather_experience(
@@ -157,10 +156,9 @@ def gather_experience(
     for reason, count in Counter(experience.failures).items():
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
     asked_judge = {} if client is None else client.take_counts()
-    sums = add_over_ranks(experience_sums(experience, part_names(rl)) | asked_judge)
+    row, sums = rollout_row(experience, rl, rollout_seconds, asked_judge)
     state.tokens += int(sums["tokens"])
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
-    row = experience_metrics(sums, distributed.max_over_ranks(rollout_seconds))
     if rl.dynamic_sampling:
         row["rollout/resampled_groups"] = resampled
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
@@ -206,6 +204,7 @@ def improve(
         old[1:] = [trainer_logprobs(engine, experience, inside, rl, attention, cp) for inside in members[1:]]
     rows: list[dict[str, float]] = []
     off_policy: list[tuple[float, bool]] = []
+    kl: list[tuple[str, float]] = []
     for number in range(rl.mini_batches):
         update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number])
         if update is None:
@@ -215,6 +214,7 @@ def improve(
             engine.step(values, skip=reason is not None)
             rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
             off_policy += update.off_policy
+            kl += update.kl
         if reason is not None:
             context.say(f"iteration {state.step + 1}: mini-batch {number} left out: {reason}")
             context.guard.count_skip(state.step + 1, reason)
@@ -223,6 +223,8 @@ def improve(
         found = {name: value for name, value in found.items() if not name.startswith("mismatch/")}
         found |= {name: value for name, value in rows[0].items() if name.startswith("mismatch/")}
     found |= off_policy_metrics(of_all_ranks(off_policy), rl.off_policy_delta)
+    if reference is not None:
+        found |= domain_kl(of_all_ranks(kl), domain_names(experience.samples, rl))
     return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
 
 

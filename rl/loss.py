@@ -85,6 +85,18 @@ def off_policy_kl(tokens: PolicyTokens) -> Tensor:
     return sequence_means(sampler_gap(tokens), tokens.sequence, tokens.num_sequences)
 
 
+def known_sampler(tokens: PolicyTokens) -> Tensor:
+    """[T] log pi_sampler, with what counts as such where the sampler gave none."""
+    instead = tokens.logprobs.detach() if tokens.old is None else tokens.old
+    return torch.where(tokens.behaviour.isnan(), instead, tokens.behaviour)
+
+
+def reference_kl(tokens: PolicyTokens) -> Tensor:
+    """[T] k of eq. 7, differentiable through both factors."""
+    assert tokens.reference is not None
+    return (tokens.logprobs - known_sampler(tokens)).exp() * k3(tokens.reference - tokens.logprobs)
+
+
 def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
     """-> (loss, metrics), each the share of these tokens in the mini-batch's: shares simply add up.
 
@@ -107,8 +119,7 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> t
         sums = values.new_zeros(tokens.num_sequences).index_add(0, sequence, values)
         return (sums / lengths).sum() / totals.sequences
 
-    logprobs, behaviour, advantages = tokens.logprobs[drawn], tokens.behaviour[drawn], tokens.advantages[drawn]
-    sampler = torch.where(behaviour.isnan(), logprobs.detach() if tokens.old is None else tokens.old[drawn], behaviour)
+    logprobs, advantages, sampler = tokens.logprobs[drawn], tokens.advantages[drawn], known_sampler(tokens)[drawn]
     old = sampler if tokens.old is None else tokens.old[drawn]
     ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages
@@ -135,7 +146,7 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> t
         surrogate = weight * surrogate
     objective = torch.where(masked, torch.zeros_like(surrogate), surrogate)
     if tokens.reference is not None:
-        kl = (logprobs - sampler).exp() * k3(tokens.reference[drawn] - logprobs)
+        kl = reference_kl(tokens)[drawn]
         metrics["policy/kl_ref"] = share(kl.detach())
         objective = objective if tokens.beta is None else objective - tokens.beta[sequence] * kl
     return -(share(objective) if settings.loss_mean == "sequence" else objective.sum() / totals.tokens), metrics

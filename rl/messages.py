@@ -26,7 +26,9 @@ class RolloutRequest:
     answer: str  # the reference answer
     prompt_ids: tuple[int, ...]
     seed: int
+    max_new_tokens: int  # end of sequence included
     rubric: str = ""  # what a judge goes by; "": the row has none
+    task: str = ""  # of data/tasks, whose grader knows the prompt; "": none
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Sample:
     text: str  # what was sampled, without the end-of-sequence token
     finish_reason: str  # stop | length
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, see rl/rewards/total.py
+    outcome: float | None = None  # the part that says whether the answer is right
     reward: float | None = None  # made of the parts; None: not graded, or a grader failed
 
     @property

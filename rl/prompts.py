@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from conf.errors import UserError, nearest
-from conf.schema import RLConfig
-from data.prompts import Prompt
+from conf.schema import RLConfig, RunConfig
+from data.mixture import mixture
+from data.prompts import Prompt, prompts, train_domains
 from rl.messages import RolloutRequest
 from rl.rewards.proof import generator_prompt
 
@@ -28,7 +31,7 @@ def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int)
 
 
 def needed_columns(rl: RLConfig) -> tuple[str, ...]:
-    """What a row must have besides its prompt for the run's outcome to be graded."""
+    """What a row must have besides its prompt for the outcome to be graded."""
     return {"judge": ("rubric",), "proof": ()}.get(rl.outcome, ("answer",))
 
 
@@ -37,29 +40,74 @@ def asked(prompt: str, rl: RLConfig) -> str:
     return generator_prompt(prompt) if rl.outcome == "proof" else prompt
 
 
-def refuse_unknown_domains(rl: RLConfig, known: Collection[str]) -> None:
-    """UserError where `rl.domain_beta` names a domain that no prompt is of: a typo would leave the default in force."""
-    for name in rl.domain_beta:
+def train_prompts(config: RunConfig, start: int = 0) -> Iterator[Prompt]:
+    """The run's prompts from number `start` on, without end: of one source, or of its domains by their shares."""
+    rl = config.rl
+    if not rl.mixes:
+        return _prompts(config, rl, "train", start)
+    sources = {name: partial(_prompts, config, rl.of(name), "train") for name in rl.domains}
+    shares = {name: domain.share for name, domain in rl.domains.items()}
+    return mixture(sources, shares, config.train.seed, rl.prompts_per_step, start)
+
+
+def heldout_prompts(config: RunConfig) -> list[Iterator[Prompt]]:
+    """The held-out prompts of each source; each ends."""
+    rl = config.rl
+    if not rl.mixes:
+        return [_prompts(config, rl, "heldout")]
+    return [_renamed(_prompts(config, rl.of(name), "heldout"), name) for name in rl.domains]
+
+
+def _renamed(found: Iterator[Prompt], domain: str) -> Iterator[Prompt]:
+    return (replace(prompt, domain=domain) for prompt in found)
+
+
+def _prompts(config: RunConfig, rl: RLConfig, split: str, start: int = 0) -> Iterator[Prompt]:
+    """Of one source, `rl.path` or `rl.tasks`."""
+    data = config.data
+    return prompts(
+        rl.path, split, config.train.seed, data.operand_digits, data.heldout, start=start,
+        max_bad_rows=data.max_bad_rows, needs=lambda domain: needed_columns(rl.of(domain)), tasks=_tasks(config, rl),
+        hf_split=data.split,
+    )  # fmt: skip
+
+
+def _tasks(config: RunConfig, rl: RLConfig) -> tuple[str, ...]:
+    return rl.tasks or config.data.tasks
+
+
+def refuse_unknown_domains(config: RunConfig) -> None:
+    """UserError where `rl.domains` names a domain that no prompt is of: a typo would leave the run's settings in
+    force."""
+    rl = config.rl
+    if rl.mixes or not rl.domains:
+        return
+    data = config.data
+    known = train_domains(
+        rl.path, data.heldout, data.max_bad_rows, lambda domain: needed_columns(rl.of(domain)), _tasks(config, rl),
+        data.split,
+    )  # fmt: skip
+    for name in rl.domains:
         if name not in known:
-            raise UserError(f"rl.domain_beta names {name}, a domain without any prompt: {nearest(name, sorted(known))}")
+            raise UserError(f"rl.domains names {name}, a domain without any prompt: {nearest(name, sorted(known))}")
 
 
 class PromptStream:
     """The prompts of the run, `prompts_per_step` an iteration. Every rank walks all of them and encodes its own.
 
-    open_source: number of the first prompt -> the prompts from there on, without end; encode: text -> token ids;
-    longest: tokens that a prompt may have. Longer ones are passed over and counted in `too_long`.
+    open_source: number of the first prompt -> the prompts from there on, without end; encode: prompt -> token ids;
+    room: tokens that a prompt and its answer may have together. Longer ones are passed over and counted in `too_long`.
     """
 
     def __init__(
         self,
         open_source: Callable[[int], Iterator[Prompt]],
-        encode: Callable[[str], list[int]],
+        encode: Callable[[Prompt], list[int]],
         rl: RLConfig,
         seed: int,
-        longest: int,
+        room: int,
     ) -> None:
-        self.open_source, self.encode, self.rl, self.seed, self.longest = open_source, encode, rl, seed, longest
+        self.open_source, self.encode, self.rl, self.seed, self.room = open_source, encode, rl, seed, room
         self.go_to(0, 0, 0)
 
     def go_to(self, iteration: int, position: int, too_long: int) -> None:
@@ -71,17 +119,18 @@ class PromptStream:
             raise UserError(f"rl.path={self.rl.path} holds no prompt to train on: give rows of prompt and answer")
         self.source = chain((first,), source)
 
-    def _next(self) -> tuple[Prompt, tuple[int, ...]]:
+    def _next(self) -> tuple[Prompt, tuple[int, ...], int]:
+        """A prompt, its ids and the tokens that its answer may have."""
         for _ in range(PATIENCE):
             prompt = next(self.source)
             self.position += 1
-            ids = self.encode(prompt.prompt)
-            if len(ids) <= self.longest:
-                return prompt, tuple(ids)
+            ids, answer = self.encode(prompt), self.rl.of(prompt.domain).max_new_tokens
+            if len(ids) + answer <= self.room:
+                return prompt, tuple(ids), answer
             self.too_long += 1
         raise UserError(
-            f"{PATIENCE} prompts in a row are longer than {self.longest} tokens, the room beside"
-            f" rl.max_new_tokens={self.rl.max_new_tokens} in rl.pack_len={self.rl.pack_len}: raise rl.pack_len"
+            f"{PATIENCE} prompts in a row are longer than {self.room - answer} tokens, the room beside"
+            f" rl.max_new_tokens={answer} in rl.pack_len={self.rl.pack_len}: raise rl.pack_len"
         )
 
     def requests(self, rank: int, world: int) -> list[RolloutRequest]:
@@ -95,19 +144,28 @@ class PromptStream:
         return self._deal([index + self.rl.prompts_per_step for index in left_out], rank, world)
 
     def _deal(self, indices: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
-        prompts = [self._next() for _ in indices]
+        dealt = [self._next() for _ in indices]
         return [
-            RolloutRequest(
-                prompt_index=index,
-                sample_index=sample,
-                domain=prompt.domain,
-                prompt=prompt.prompt,
-                answer=prompt.answer,
-                prompt_ids=ids,
-                seed=sample_seed(self.seed, self.iteration - 1, index, sample),
-                rubric=prompt.rubric,
-            )
-            for number, (index, (prompt, ids)) in enumerate(zip(indices, prompts, strict=True))
+            request_of(prompt, ids, index, sample, sample_seed(self.seed, self.iteration - 1, index, sample), answer)
+            for number, (index, (prompt, ids, answer)) in enumerate(zip(indices, dealt, strict=True))
             if number % world == rank
             for sample in range(self.rl.group_size)
         ]
+
+
+def request_of(
+    prompt: Prompt, ids: tuple[int, ...], prompt_index: int, sample_index: int, seed: int, max_new_tokens: int
+) -> RolloutRequest:
+    """The prompt as a request for one sample."""
+    return RolloutRequest(
+        prompt_index=prompt_index,
+        sample_index=sample_index,
+        domain=prompt.domain,
+        prompt=prompt.prompt,
+        answer=prompt.answer,
+        prompt_ids=ids,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        rubric=prompt.rubric,
+        task=prompt.task,
+    )

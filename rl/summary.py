@@ -10,10 +10,14 @@ from typing import TypeVar
 
 import torch
 
+from conf.schema import RLConfig
 from rl.groups import Experience
+from rl.messages import Sample
+from rl.rewards import part_names
 from train import distributed
 
 T = TypeVar("T")
+MAX_DOMAINS = 32
 
 
 def add_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
@@ -26,6 +30,20 @@ def add_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
 def of_all_ranks(mine: list[T]) -> list[T]:
     """The lists of all ranks, one after another."""
     return list(chain.from_iterable(distributed.gather_objects(mine)))
+
+
+def rollout_row(
+    experience: Experience, rl: RLConfig, seconds: float, judge_counts: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """-> (the iteration's metrics of rollouts and rewards, the sums behind them), over all ranks, which all call it.
+
+    seconds: of this rank's rollouts; judge_counts: what its judge was asked.
+    """
+    domains = domain_names(experience.samples, rl)
+    own = experience_sums(experience, part_names(rl)) | dict(judge_counts)
+    sums = add_over_ranks(own | domain_sums(experience, domains))
+    row = experience_metrics(sums, distributed.max_over_ranks(seconds))
+    return row | domain_metrics(sums, domains), sums
 
 
 def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, float]:
@@ -43,6 +61,7 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
         "missing_logprobs": sum(math.isnan(p) for sample in samples for p in sample.tokens.behaviour_logprobs),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "reward": sum(sample.reward or 0.0 for sample in graded),
+        "outcome": sum(sample.outcome or 0.0 for sample in graded),
         **{f"part/{name}": sum(sample.reward_parts.get(name, 0.0) for sample in graded) for name in parts},
         **{f"parted/{name}": sum(name in sample.reward_parts for sample in graded) for name in parts},
     }
@@ -65,6 +84,59 @@ def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dic
         "rollout/truncated_frac": sums["truncated"] / samples,
         "rollout/tokens_per_s": sums["sampled_tokens"] / max(rollout_seconds, 1e-9),
     }
+
+
+def domain_names(samples: Sequence[Sample], rl: RLConfig) -> list[str]:
+    """The domains that metrics are told apart by, the same on all ranks: all of them, where there are several and
+    at most MAX_DOMAINS; else those that `rl.domains` names."""
+    found = sorted(set(of_all_ranks(sorted({sample.request.domain for sample in samples}))) | set(rl.domains))
+    if len(found) > MAX_DOMAINS:
+        return sorted(rl.domains)
+    return found if len(found) > 1 else []
+
+
+def domain_sums(experience: Experience, domains: Iterable[str]) -> dict[str, float]:
+    """Counts and sums over this rank's samples of each domain."""
+    found: dict[str, float] = {}
+    equal = set(experience.zero_spread)
+    for name in domains:
+        samples = [sample for sample in experience.samples if sample.request.domain == name]
+        groups = {sample.request.prompt_index for sample in samples}
+        sums = {
+            "samples": len(samples),
+            "graded": sum(sample.reward is not None for sample in samples),
+            "reward": sum(sample.reward or 0.0 for sample in samples),
+            "outcome": sum(sample.outcome or 0.0 for sample in samples),
+            "sampled_tokens": sum(sample.num_sampled for sample in samples),
+            "truncated": sum(sample.finish_reason == "length" for sample in samples),
+            "groups": len(groups),
+            "equal": len(groups & equal),
+        }
+        found |= {f"domain/{name}/{key}": float(value) for key, value in sums.items()}
+    return found
+
+
+def domain_metrics(sums: Mapping[str, float], domains: Iterable[str]) -> dict[str, float]:
+    """`domain/NAME/...` of the domains that have samples; `sums`: `domain_sums` of all ranks."""
+    found: dict[str, float] = {}
+    for at in (f"domain/{name}" for name in domains):
+        samples, graded = sums[f"{at}/samples"], sums[f"{at}/graded"]
+        if samples:
+            found |= {
+                f"{at}/samples": samples,
+                f"{at}/length_mean": sums[f"{at}/sampled_tokens"] / samples,
+                f"{at}/truncated_frac": sums[f"{at}/truncated"] / samples,
+                f"{at}/zero_spread_frac": sums[f"{at}/equal"] / sums[f"{at}/groups"],
+            }
+        if graded:
+            found |= {f"{at}/reward": sums[f"{at}/reward"] / graded, f"{at}/accuracy": sums[f"{at}/outcome"] / graded}
+    return found
+
+
+def domain_kl(sequences: Sequence[tuple[str, float]], domains: Iterable[str]) -> dict[str, float]:
+    """`domain/NAME/kl_ref`: mean over a domain's sequences, (domain, KL to the reference) each."""
+    of = {name: [kl for domain, kl in sequences if domain == name] for name in domains}
+    return {f"domain/{name}/kl_ref": sum(values) / len(values) for name, values in of.items() if values}
 
 
 def off_policy_metrics(sequences: Sequence[tuple[float, bool]], delta: float | None) -> dict[str, float]:

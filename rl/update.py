@@ -17,7 +17,7 @@ from torch import Tensor
 from conf.schema import RLConfig
 from model.replay import Replay
 from rl.groups import Experience
-from rl.loss import LossSettings, PolicyTokens, Totals, grpo_loss, off_policy_kl, sequence_means
+from rl.loss import LossSettings, PolicyTokens, Totals, grpo_loss, off_policy_kl, reference_kl, sequence_means
 from rl.messages import Sample
 from rl.packing import TrainingRow, empty_row, pack_samples
 from rl.reference import Reference
@@ -38,6 +38,7 @@ class Update:
     metrics: dict[str, float]
     num_sequences: int
     off_policy: list[tuple[float, bool]]  # of this rank's sequences: the measure of eq. 9, whether A < 0
+    kl: list[tuple[str, float]]  # of this rank's sequences: domain, KL to the reference; empty without one
 
 
 def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: int) -> int:
@@ -102,6 +103,7 @@ def run_mini_batch(
     rows = _rows_of(experience, members, rl, cp)
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     off_policy: list[tuple[float, bool]] = []
+    kl: list[tuple[str, float]] = []
     for number, row in enumerate(rows):
         inputs = model_inputs(row, rl, cp)
         gather = inputs["context"].gather
@@ -117,12 +119,13 @@ def run_mini_batch(
             sums[name] = sums.get(name, 0.0) + float(value)
         if cp.rank == 0:
             off_policy += off_policy_of(tokens)
+            kl += kl_of(tokens, row)
     found = add_over_ranks(sums)
     for name, metric in REPEATED.items():
         same, counted = found.pop(f"{name}/same"), found.pop(f"{name}/counted")
         if counted:  # no engine need record them
             found[metric] = same / counted
-    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy)
+    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy, kl)
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
@@ -160,7 +163,7 @@ def policy_tokens(
         sequence=row.sequence.to(device),
         num_sequences=row.num_sequences,
         reference=reference,
-        beta=torch.tensor([rl.beta_of(d) for d in row.domains], device=device) if rl.needs_reference else None,
+        beta=torch.tensor([rl.of(d).beta for d in row.domains], device=device) if rl.needs_reference else None,
         old=old,
     )
 
@@ -172,6 +175,15 @@ def row_loss(
     counts: sums over a sequence then need no thought of slices, and `gather` adds the gradients up."""
     loss, metrics = grpo_loss(tokens, loss_settings(rl), totals)
     return loss / cp.size, {name: value / cp.size for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def kl_of(tokens: PolicyTokens, row: TrainingRow) -> list[tuple[str, float]]:
+    """Of each sequence of the row: its domain, mean KL of its tokens to the reference."""
+    if tokens.reference is None:
+        return []
+    means = sequence_means(reference_kl(tokens), tokens.sequence, tokens.num_sequences)
+    return list(zip(row.domains, means.tolist(), strict=True))
 
 
 def off_policy_of(tokens: PolicyTokens) -> list[tuple[float, bool]]:

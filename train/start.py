@@ -182,10 +182,18 @@ def default_tokenizer(init_from: str | None, model: ModelConfig) -> str:
 
 def differences(stored: RunConfig, config: RunConfig, allowed: tuple[str, ...]) -> list[str]:
     """`key=new (was old)` for every setting that differs, but those in `allowed` and those under `allowed.`."""
-    old, new = (flatten(to_dict(redacted(run))) for run in (stored, config))
+    old, new = (_settings(redacted(run)) for run in (stored, config))
     free = tuple(f"{key}." for key in allowed)
     return [
-        f"{key}={new[key]} (was {old[key]})"
-        for key in new
-        if new[key] != old[key] and key not in allowed and not key.startswith(free)
+        f"{key}={new.get(key)} (was {old.get(key)})"
+        for key in new | old
+        if new.get(key) != old.get(key) and key not in allowed and not key.startswith(free)
     ]
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key; of a domain those that it has of its own."""
+    found = flatten(to_dict(run))
+    for name, own in found.pop("rl.domains").items():
+        found |= {f"rl.domains.{name}.{key}": value for key, value in own.items() if value is not None and value != ()}
+    return found

@@ -20,7 +20,8 @@ class Attempt:
     finished: bool  # False where max_tokens cut it off
     rubric: str = ""  # what a judge goes by; "": the row has none
     language: str = "none"  # what the thought should be written in: `rl.language`
-    domain: str = ""  # a task's name where it is one of data/tasks
+    domain: str = ""  # decides which settings of rl.domains its grade is made by
+    task: str = ""  # of data/tasks; "": none
 
 
 def extract_answer(text: str) -> str | None:

@@ -52,7 +52,7 @@ def plans_of(attempt: Attempt, rl: RLConfig) -> list[Plan]:
 
 def judge_grades(attempts: Sequence[Attempt], client: JudgeClient, rl: RLConfig) -> list[Grade]:
     """One grade an attempt, in their order; a question without a score fails the whole grade."""
-    plans = [plans_of(attempt, rl) for attempt in attempts]
+    plans = [plans_of(attempt, rl.of(attempt.domain)) for attempt in attempts]
     verdicts = iter(client.ask([question for some in plans for plan in some for question in plan.questions]))
     return [_grade(some, verdicts) for some in plans]
 

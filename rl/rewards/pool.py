@@ -32,8 +32,11 @@ class RewardPool(WorkerPool):
         self.timeout_s = timeout_s
         super().__init__(["rl.rewards.worker", registry], workers)
 
-    def grade(self, attempts: Sequence[Attempt], parts: Sequence[str]) -> list[Grade]:
-        """One grade an attempt, in their order. Raises RuntimeError where a worker cannot even start."""
-        jobs = [{"parts": list(parts), "attempt": asdict(attempt)} for attempt in attempts]
+    def grade(self, attempts: Sequence[Attempt], parts: Sequence[Sequence[str]]) -> list[Grade]:
+        """One grade an attempt, of the parts that are asked of it, in their order. Raises RuntimeError where a worker
+        cannot even start."""
+        jobs = [
+            {"parts": list(names), "attempt": asdict(attempt)} for attempt, names in zip(attempts, parts, strict=True)
+        ]
         answers = self.run(jobs, [self.timeout_s] * len(jobs))
         return [Grade(answer.get("parts"), answer.get("error")) for answer in answers]

@@ -1,4 +1,4 @@
-"""1 where the grader of the attempt's own task says so; the answer letter by letter where its domain is no task.
+"""1 where the grader of the attempt's own task says so; the answer letter by letter where it is of no task.
 
 A prompt that its task cannot read is the row's fault and raises, so that it counts as a failed grade.
 """
@@ -15,5 +15,5 @@ def by_task(attempt: Attempt) -> float:
     answer = extract_answer(attempt.text)
     if answer is None or not attempt.finished:
         return 0.0
-    grade = TASKS[attempt.domain].grade if attempt.domain in TASKS else exact
+    grade = TASKS[attempt.task].grade if attempt.task else exact
     return grade(answer, attempt.answer.strip(), attempt.prompt)

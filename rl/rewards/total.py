@@ -22,8 +22,12 @@ def rule_parts(rl: RLConfig) -> tuple[str, ...]:
 
 
 def part_names(rl: RLConfig) -> tuple[str, ...]:
-    """The parts that this run's rewards are made of; the outcome comes first. `judge` is missing beside another outcome
-    where a row has no rubric."""
+    """The parts that the rewards of a run are made of, in all its domains; an outcome comes first. A sample has those
+    of its domain, and `judge` beside another outcome only where its row has a rubric."""
+    return tuple(dict.fromkeys(name for view in rl.views for name in _parts_of(view)))
+
+
+def _parts_of(rl: RLConfig) -> tuple[str, ...]:
     judged = {"judge": ("judge",), "proof": ("proof", "proof_verified", "proof_analysis")}.get(rl.outcome, ())
     beside = ("judge",) if rl.judge_weight > 0 else ()
     relative = ("length_relative",) if rl.length_shape == "group_relative" else ()

@@ -32,7 +32,6 @@ class NativeEngine:
         sampling: Sampling | None = None,
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
-        self.max_new_tokens = rl.max_new_tokens
         self.sampling = sampling or sampling_of(rl)
         self.weight_version = 0
 
@@ -46,7 +45,7 @@ class NativeEngine:
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             drawn = generate(
                 self.net,
-                [Ask(request.prompt_ids, request.seed, self.max_new_tokens) for request in requests],
+                [Ask(request.prompt_ids, request.seed, request.max_new_tokens) for request in requests],
                 self.sampling,
                 self.tokenizer.eos_token_id,
                 self.attention,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conf.convert import from_dict, leaf_types, load_yaml, redacted, save_yaml, to_dict
 from conf.errors import UserError
-from conf.schema import DataConfig, OptimConfig, RLConfig, RunConfig, TrackerConfig
+from conf.schema import DataConfig, DomainConfig, OptimConfig, RLConfig, RunConfig, TrackerConfig
 
 RUN = RunConfig("pretrain", "runs/x", optim=OptimConfig(lr=3e-6), data=DataConfig(source="files", path="ü/文.txt"))
 
@@ -43,9 +43,16 @@ def test_yaml_round_trip_of_any_value(tmp_path_factory: pytest.TempPathFactory, 
 
 
 def test_a_mapping_stands_in_yaml_and_comes_back(tmp_path: Path) -> None:
-    run = RunConfig("grpo", "runs/x", rl=RLConfig(domain_beta={"math": 0.0, "文": 1e-3}))
+    run = RunConfig(
+        "grpo",
+        "runs/x",
+        rl=RLConfig(domains={"math": DomainConfig(beta=0.0, tasks=("words:2",)), "文": DomainConfig()}),
+    )
     save_yaml(run, tmp_path / "config.yaml")
-    assert "  domain_beta:\n    math: 0.0\n" in (tmp_path / "config.yaml").read_text()
+    assert (
+        "  domains:\n    math:\n      path: null\n      tasks:\n      - words:2\n"
+        in (tmp_path / "config.yaml").read_text()
+    )
     assert load_yaml(tmp_path / "config.yaml") == run
 
 
@@ -72,9 +79,9 @@ def test_defaults_fill_what_a_dict_leaves_out() -> None:
             {"stage": "sft", "output_dir": "x", "rl": {"tasks": ["words", 2]}},
             "rl.tasks=['words', 2] has",
         ),
-        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": [0.1]}}, "rl.domain_beta=[0.1] is no mapping"),
-        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": {"": 0.1}}}, "rl.domain_beta has the name ''"),
-        ({"stage": "sft", "output_dir": "x", "rl": {"domain_beta": {"a": True}}}, "rl.domain_beta.a=True"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domains": [0.1]}}, "rl.domains=[0.1] is no mapping"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domains": {"": {}}}}, "rl.domains has the name ''"),
+        ({"stage": "sft", "output_dir": "x", "rl": {"domains": {"a": True}}}, "rl.domains.a=True is not a section"),
     ],
 )
 def test_wrong_dicts_are_refused_by_name(values: dict[str, object], part: str) -> None:

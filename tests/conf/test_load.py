@@ -11,7 +11,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import CONFIG_DIR, GROUPS, load, presets
-from conf.schema import STAGES, RunConfig
+from conf.schema import STAGES, DomainConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GRPO = "+stage=grpo"
@@ -44,7 +44,7 @@ def test_every_kind_of_override_reaches_its_field() -> None:
     )
     config = loaded.config
     assert (config.precision.name, config.tracker.name, config.rl.profile) == ("bf16", "none", "speciale")
-    assert config.rl.length_penalty == 0.0
+    assert config.rl.max_new_tokens == 65536
     assert (config.model.hidden_size, config.model.index_topk, config.model.rope.factor) == (512, 32, 4.0)
     assert (config.data.source, config.data.path, config.data.tokenizer) == ("files", "a.txt", "train:1536")
     assert (config.train.steps, config.train.activation_checkpointing, config.optim.lr) == (5, True, 1e-4)
@@ -80,9 +80,15 @@ def test_null_switches_an_optional_value_off() -> None:
 
 
 def test_a_mapping_takes_names_of_the_users_choice() -> None:
-    beta = load([GRPO, "rl.domain_beta={math: 0, agent_2: 1e-3}"]).config.rl.domain_beta
-    assert beta == {"math": 0.0, "agent_2": 0.001} and all(type(value) is float for value in beta.values())
-    assert load([GRPO]).config.rl.domain_beta == {}
+    given = ["rl.domains={math: {beta: 0, tasks: [words:2, sorting]}, agent_2: {}}", "rl.domains.agent_2.beta=1e-3"]
+    rl = load([GRPO, *given, "rl.domains.code.path=a b.jsonl", "rl.domains.code.tasks=words,counting:2"]).config.rl
+    assert rl.domains == {
+        "math": DomainConfig(beta=0.0, tasks=("words:2", "sorting")),
+        "agent_2": DomainConfig(beta=0.001),
+        "code": DomainConfig(path="a b.jsonl", tasks=("words", "counting:2")),
+    }
+    assert type(rl.domains["math"].beta) is float
+    assert load([GRPO]).config.rl.domains == {}
 
 
 @pytest.mark.parametrize(
@@ -130,13 +136,16 @@ def test_environment_and_other_keys_can_be_interpolated(monkeypatch: pytest.Monk
         ("train.steps", ["key=value"]),
         ("--help", ["key=value"]),
         ("~train.steps", ["key=value"]),
-        ("rl.domain_beta=3", ["rl.domain_beta=3 is no mapping", "give rl.domain_beta={NAME: VALUE, ...}"]),
-        ("rl.domain_beta=null", ["no mapping"]),
-        ("rl.domain_beta={math: x}", ["rl.domain_beta.math='x'", "a finite number"]),
-        ("rl.domain_beta={math: nan}", ["rl.domain_beta.math=nan", "finite"]),
-        ("rl.domain_beta={math: {a: 1}}", ["rl.domain_beta.math={'a': 1}", "wrong type dict"]),
-        ("rl.domain_beta={1: 2}", ["rl.domain_beta has the name 1", "no text"]),
-        ("rl.domain_beta.math=1", ["given together, rl.domain_beta={math: VALUE}"]),
+        ("rl.domains=3", ["rl.domains=3 is no mapping", "give rl.domains={NAME: VALUE, ...}"]),
+        ("rl.domains=null", ["no mapping"]),
+        ("rl.domains={math: 3}", ["rl.domains.math=3 is not a section"]),
+        ("rl.domains={math: {beta: x}}", ["rl.domains.math.beta='x'", "a finite number"]),
+        ("rl.domains={math: {beta: nan}}", ["rl.domains.math.beta=nan", "finite"]),
+        ("rl.domains={math: {beat: 1}}", ["unknown key rl.domains.math.beat", "did you mean rl.domains.math.beta?"]),
+        ("rl.domains={1: {}}", ["rl.domains has the name 1", "no text"]),
+        ("rl.domains.math.beat=1", ["unknown key rl.domains.math.beat", "did you mean rl.domains.math.beta?"]),
+        ("rl.domains.math=1", ["unknown key rl.domains.math", "valid there: path, tasks, share"]),
+        ("rl.domains.math.beta=x", ["rl.domains.math.beta='x'", "a finite number"]),
         ("data.path=a\nb", ["a\\nb", "line break"]),
         ("+model=small", ["write model=small"]),
         ("++train.steps=3", ["write train.steps=3"]),

@@ -104,3 +104,13 @@ def test_v2_lite_has_its_namesakes_size_and_a_query_latent() -> None:
 def test_each_preset_is_valid(group: str) -> None:
     for name in presets(group):
         assert violations(load(["+stage=pretrain", f"{group}={name}"]).config) == [], name
+
+
+def test_speciale_runs_on_the_full_model_as_it_stands() -> None:
+    """64K tokens, no tools, less of a penalty than the standard profile; with proofs, rows say which are."""
+    judge = ["rl.judge_url=http://host/v1", "rl.judge_model=m", "rl.path=rows.jsonl"]
+    for name, more in (("speciale", []), ("speciale_proof", judge)):
+        config = load(["+stage=grpo", "model=deepseek_v3_2", f"rl={name}", *more]).config
+        assert violations(config) == [] and config.rl.max_new_tokens >= 64 * 1024 and not config.rl.tools
+        assert config.rl.length_penalty < load(["+stage=grpo"]).config.rl.length_penalty
+    assert (config.rl.of("proof").outcome, config.rl.of("math").outcome) == ("proof", "math_verify")

@@ -184,7 +184,52 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ),
         ("rl.loss_mean=tokens", "rl.loss_mean=tokens is not known: did you mean token?"),
         ("rl.old_logprobs=train", "rl.old_logprobs=train is not known: did you mean trainer?"),
-        ("rl.domain_beta={math:-1,code:0}", "rl.domain_beta.math=-1 is outside [0, inf): give a value inside"),
+        ("rl.domains={math:{beta:-1},code:{}}", "domain math: rl.beta=-1 is outside [0, inf): give a value inside"),
+        (
+            "rl.domains={math:{outcome:math_verfy}}",
+            "domain math: rl.outcome=math_verfy is not known: did you mean math_verify?",
+        ),
+        (
+            "rl.domains={math:{max_new_tokens:9999}}",
+            "domain math: rl.max_new_tokens=9999 leaves rl.pack_len=1024 no prompt room: raise it",
+        ),
+        (
+            "rl.domains={a/b:{}}",
+            "rl.domains has the name 'a/b', which is part of a metric's: give letters, digits, _ - and .",
+        ),
+        (
+            "rl.domains={a:{tasks:[words]},b:{}}",
+            "rl.domains.b has no prompts while others bring theirs: give it a path or tasks as well",
+        ),
+        (
+            "rl.domains={a:{share:2}}",
+            "rl.domains.a.share=2 cannot choose among the rows of one file: leave it out, or give every domain"
+            " a path or"
+            " tasks of its own",
+        ),
+        (
+            "rl.domains={a:{tasks:[words],share:0}}",
+            "rl.domains.a.share=0 is outside (0, inf): leave the domain out",
+        ),
+        (
+            "rl.domains={a:{tasks:[words]}} rl.path=x.jsonl",
+            "rl.path=x.jsonl is not read beside rl.domains, which bring their own prompts: leave one of them out",
+        ),
+        (
+            "rl.domains={a:{tasks:[words],path:x.jsonl}}",
+            "domain a: rl.tasks=words is not read beside rl.path=x.jsonl: leave one of them out",
+        ),
+        ("rl.domains={a:{tasks:[word]}}", "domain a: rl.tasks=word is not known: did you mean words?"),
+        (
+            "rl.domains={a:{tasks:[countdown]}}",
+            "domain a: rl.outcome=exact_match cannot grade countdown, which has many right answers: give"
+            " rl.outcome=task",
+        ),
+        (
+            "rl.domains={a:{path:x,outcome:judge}}",
+            "domain a: rl.outcome=judge has no judge to ask: give rl.judge_url=http://HOST:PORT/v1 and"
+            " rl.judge_model=NAME",
+        ),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
     ],
@@ -220,8 +265,9 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.tasks=words:6,sorting,countdown:5,counting:9,arithmetic:18 rl.outcome=task",
         "data.tasks=countdown rl.path=x.jsonl",  # the text shows them, the prompts are others
         "rl.importance_cap=2 rl.old_logprobs=trainer",
-        "rl.domain_beta={math:0}",
-        "rl.domain_beta={}",
+        "rl.domains={math:{beta:0}}",
+        "rl.domains={}",
+        "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:

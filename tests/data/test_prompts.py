@@ -127,7 +127,9 @@ def test_the_reward_says_what_a_row_must_have(tmp_path: Path, caplog: pytest.Log
         ((), 0, {("p", "", "r"), ("q", "3", "r"), ("s", "", "")}),
         (("answer",), 2, {("q", "3", "r")}),
     ):
-        given = islice(prompts(path, "train", 0, heldout=1e-9, max_bad_rows=bad, needs=needs), len(found))
+        given = islice(
+            prompts(path, "train", 0, heldout=1e-9, max_bad_rows=bad, needs=lambda domain, n=needs: n), len(found)
+        )
         assert {(p.prompt, p.answer, p.rubric) for p in given} == found
     assert 'row skipped: no "rubric"' in caplog.text
 

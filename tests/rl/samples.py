@@ -6,7 +6,15 @@ from rl.messages import RolloutRequest, Sample, TokenColumns
 def make_sample(
     prompt_ids: list[int], sampled: list[int], logprobs: list[float], text: str = "", **request: object
 ) -> Sample:
-    fields = {"prompt_index": 0, "sample_index": 0, "domain": "arithmetic", "prompt": "", "answer": "", "seed": 0}
+    fields = {
+        "prompt_index": 0,
+        "sample_index": 0,
+        "domain": "arithmetic",
+        "prompt": "",
+        "answer": "",
+        "seed": 0,
+        "max_new_tokens": 64,
+    }
     size = len(prompt_ids) + len(sampled)
     tokens = TokenColumns(
         ids=[*prompt_ids, *sampled],

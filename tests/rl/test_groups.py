@@ -93,7 +93,7 @@ def test_how_the_off_policy_measure_is_spread():
 
 
 def test_what_a_grader_is_told():
-    sample = make_sample([1, 2], [3, 4, 5], [0.0] * 3, text="</think>7", prompt="3+4=?", answer="7")
+    sample = make_sample([1, 2], [3, 4, 5], [0.0] * 3, text="</think>7", prompt="3+4=?", answer="7", max_new_tokens=10)
     pool = FakePool([parts(1)])
     grade([sample], pool, RL)  # type: ignore[arg-type]
     (attempt,) = pool.asked

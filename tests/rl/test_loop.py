@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 import rl.evaluate
 import rl.groups
 import rl.loop
-from conf.schema import ParallelConfig, PrecisionConfig, RLConfig, RunConfig
+from conf.schema import DomainConfig, ParallelConfig, PrecisionConfig, RLConfig, RunConfig
 from data.tokenizer import load_tokenizer
 from model import save_pretrained
+from rl.rewards import part_names
 from tests.distributed.helper import run_ranks
 from tests.train import runs, tiny
 from train import shards
@@ -98,7 +99,7 @@ FULL = replace(RL, mini_batches=2, beta=0.1, reference_refresh=3, off_policy_del
 OPTIONS = replace(
     FULL,
     beta=0.0,
-    domain_beta={"arithmetic": 0.1},
+    domains={"arithmetic": DomainConfig(beta=0.1)},
     loss_mean="token",
     old_logprobs="trainer",
     importance_cap=2.0,
@@ -285,7 +286,7 @@ def test_groups_of_equal_rewards_are_replaced_until_rewards_differ_or_the_rounds
         (tmp_path / f"trained_{dist.get_rank()}").write_text(json.dumps(trained))
         return improve(*args)
 
-    rl_parts = rl.loop.part_names(RL)
+    rl_parts = part_names(RL)
     monkeypatch.setattr(rl.loop, "grade", grade)
     monkeypatch.setattr(rl.loop, "improve", improve_and_tell)
     found = {}
@@ -335,7 +336,7 @@ def test_the_measure_of_eq_9_is_logged_for_every_delta(base: str, tmp_path: Path
 
 
 def test_a_strength_for_an_unknown_domain_is_refused(base: str, tmp_path: Path):
-    run = config(tmp_path / "run", base, rl=replace(RL, domain_beta={"arithmetics": 0.1}))
+    run = config(tmp_path / "run", base, rl=replace(RL, domains={"arithmetics": DomainConfig(beta=0.1)}))
     with pytest.raises(
         AssertionError, match=r"names arithmetics, a domain without any prompt: did you mean arithmetic\?"
     ):

@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 
 from conf.errors import UserError
-from conf.schema import RLConfig
+from conf.schema import DomainConfig, RLConfig, RunConfig
 from data.prompts import Prompt
 from rl.prompts import PATIENCE, PromptStream, refuse_unknown_domains, sample_seed
 
@@ -27,7 +27,9 @@ def numbers(*lengths: int) -> Callable[[int], Iterator[Prompt]]:
 
 
 def stream(source: Callable[[int], Iterator[Prompt]], longest: int = 8) -> PromptStream:
-    return PromptStream(source, lambda text: [ord(c) for c in text], RL, seed=5, longest=longest)
+    return PromptStream(
+        source, lambda prompt: [ord(c) for c in prompt.prompt], RL, seed=5, room=longest + RL.max_new_tokens
+    )
 
 
 def test_ranks_share_out_what_one_rank_would_draw():
@@ -68,10 +70,14 @@ def test_replacements_are_the_next_prompts_in_the_places_of_those_left_out():
     assert jumped.requests(0, 2) == shared[1].requests(0, 2)
 
 
-def test_a_strength_for_a_domain_without_prompts_is_the_users_mistake():
-    refuse_unknown_domains(replace(RL, domain_beta={"math": 0.0}), {"math", "code"})
-    with pytest.raises(UserError, match=r"names maths, a domain without any prompt: did you mean math\?"):
-        refuse_unknown_domains(replace(RL, domain_beta={"math": 0.0, "maths": 0.1}), {"math", "code"})
+def test_settings_for_a_domain_without_prompts_are_the_users_mistake():
+    def run(*names: str) -> RunConfig:
+        rl = replace(RL, tasks=("words", "sorting"), domains={name: DomainConfig(beta=0.1) for name in names})
+        return RunConfig("grpo", "x", rl=rl)
+
+    refuse_unknown_domains(run("words"))
+    with pytest.raises(UserError, match=r"names word, a domain without any prompt: did you mean words\?"):
+        refuse_unknown_domains(run("sorting", "word"))
 
 
 def test_no_two_samples_share_a_seed():

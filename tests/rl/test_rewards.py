@@ -52,15 +52,15 @@ def test_parts_by_value():
 
 
 def test_a_task_grades_its_own():
-    def by_task(domain: str, prompt: str, answer: str, text: str) -> float:
-        return REWARDS["task"](replace(attempt(f"so</think>{text}", answer, prompt=prompt), domain=domain))
+    def by_task(task: str, prompt: str, answer: str, text: str) -> float:
+        return REWARDS["task"](replace(attempt(f"so</think>{text}", answer, prompt=prompt), task=task))
 
     assert by_task("countdown", "make 24 from 8,3", "8*3", " 3*8 ") == 1.0
     assert by_task("countdown", "make 24 from 8,3", "8*3", "8*3*1") == 0.0
     assert by_task("sorting", "sort 2,1", "1,2", "1, 2") == 1.0
-    assert by_task("words", "whoever asks", "26", "26") == by_task("general", "what?", "Bern", "Bern") == 1.0
-    assert by_task("general", "make 24 from 8,3", "8*3", "3*8") == 0.0  # no task: letter by letter
-    cut = replace(attempt("so</think>8*3", "8*3", finished=False, prompt="make 24 from 8,3"), domain="countdown")
+    assert by_task("words", "whoever asks", "26", "26") == by_task("", "what?", "Bern", "Bern") == 1.0
+    assert by_task("", "make 24 from 8,3", "8*3", "3*8") == 0.0  # no task: letter by letter
+    cut = replace(attempt("so</think>8*3", "8*3", finished=False, prompt="make 24 from 8,3"), task="countdown")
     assert REWARDS["task"](cut) == REWARDS["task"](replace(cut, finished=True, text="8*3")) == 0.0
     with pytest.raises(ValueError, match="'hm' is no countdown problem"):
         by_task("countdown", "hm", "8*3", "8*3")
@@ -82,18 +82,18 @@ def test_the_reward_of_parts():
 def test_grades_come_back_in_order():
     with RewardPool(2, 30.0) as pool:
         texts = [f"</think>{n}" for n in range(80, 90)]
-        grades = pool.grade([attempt(text) for text in texts], ["exact_match", "math_verify"])
+        grades = pool.grade([attempt(text) for text in texts], [["exact_match", "math_verify"]] * len(texts))
         assert [g.parts for g in grades] == [
             {"exact_match": float(n == 85), "math_verify": float(n == 85)} for n in range(80, 90)
         ]
-        assert pool.grade([], ["exact_match"]) == []
+        assert pool.grade([], []) == []
 
 
 def test_a_sleeping_a_raising_and_a_dying_grader_are_failures_and_the_rest_goes_on():
     with RewardPool(1, 1.0, GRADERS) as pool:
         texts = ["ab", "sleep", "abc", "raise", "abcd", "exit", "abcde", "nan", "print"]
         start = time.monotonic()
-        grades = pool.grade([attempt(text) for text in texts], ["by_text"])
+        grades = pool.grade([attempt(text) for text in texts], [["by_text"]] * len(texts))
         assert time.monotonic() - start < 60
     assert [g.parts and g.parts["by_text"] for g in grades] == [2.0, None, 3.0, None, 4.0, None, 5.0, None, 5.0]
     errors = [g.error for g in grades if g.parts is None]
@@ -113,7 +113,7 @@ def alive(pid: int) -> bool:
 def test_a_kill_takes_the_graders_children_too(tmp_path: Path):
     note = tmp_path / "pids"
     with RewardPool(1, 2.0, GRADERS) as pool:
-        (grade,) = pool.grade([attempt("child", prompt=str(note))], ["by_text"])
+        (grade,) = pool.grade([attempt("child", prompt=str(note))], [["by_text"]])
         assert grade.error == "no grade within 2.0 s"
         pids = [int(pid) for pid in note.read_text().split()]
         deadline = time.monotonic() + 10
@@ -124,9 +124,9 @@ def test_a_kill_takes_the_graders_children_too(tmp_path: Path):
 
 def test_sigterm_to_the_whole_job_loses_no_grade():
     with RewardPool(1, 30.0, GRADERS) as pool:
-        assert pool.grade([attempt("ab")], ["by_text"])[0].parts == {"by_text": 2.0}
+        assert pool.grade([attempt("ab")], [["by_text"]])[0].parts == {"by_text": 2.0}
         os.kill(pool.workers[0].process.pid, signal.SIGTERM)
-        assert pool.grade([attempt("abc")], ["by_text"])[0].parts == {"by_text": 3.0}
+        assert pool.grade([attempt("abc")], [["by_text"]])[0].parts == {"by_text": 3.0}
 
 
 def test_a_worker_that_cannot_start_is_an_error():
@@ -134,4 +134,4 @@ def test_a_worker_that_cannot_start_is_an_error():
         RewardPool(1, 1.0, "tests.rl.no_such_module:REWARDS") as pool,
         pytest.raises(RuntimeError, match="did not start"),
     ):
-        pool.grade([attempt("x")], ["by_text"])
+        pool.grade([attempt("x")], [["by_text"]])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import OptimConfig, ParallelConfig, RLConfig
+from conf.schema import DomainConfig, OptimConfig, ParallelConfig, RLConfig
 from model import Transformer
 from model.context import Context
 from rl.groups import Experience
@@ -55,7 +55,7 @@ class Numbers:
 def draw(net: Transformer, indices: range, rl: RLConfig = RL) -> list[Sample]:
     """Samples of prompts of unequal lengths, a prompt longer than index_topk among them."""
     requests = [
-        RolloutRequest(p, s, f"domain {p}", "", "", tuple(range(2, 4 + 3 * p)), seed=100 * p + s)
+        RolloutRequest(p, s, f"domain {p}", "", "", tuple(range(2, 4 + 3 * p)), 100 * p + s, rl.max_new_tokens)
         for p in indices
         for s in range(GROUP)
     ]
@@ -152,7 +152,7 @@ def test_an_empty_row_gives_zero_gradients_and_no_nan():
 @pytest.mark.parametrize("mini_batches", [1, 2, 5, 12])
 def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
     samples = [
-        Sample(RolloutRequest(p, s, "", "", "", (), 0), None, "", "stop")  # type: ignore[arg-type]
+        Sample(RolloutRequest(p, s, "", "", "", (), 0, 1), None, "", "stop")  # type: ignore[arg-type]
         for p in range(PROMPTS)
         for s in range(GROUP)
     ]
@@ -202,7 +202,11 @@ def _gradient(
     "changes",
     [
         {},
-        {"loss_mean": "token", "off_policy_delta": 0.05, "domain_beta": {"domain 1": 0.5, "domain 2": 1.5}},
+        {
+            "loss_mean": "token",
+            "off_policy_delta": 0.05,
+            "domains": {"domain 1": DomainConfig(beta=0.5), "domain 2": DomainConfig(beta=1.5)},
+        },
         {"old_logprobs": "trainer", "importance_cap": 1.05, "beta": 0.1},
     ],
     ids=["default", "token", "trainer"],
@@ -232,11 +236,19 @@ def test_the_strength_of_the_kl_is_that_of_the_samples_domain():
     net = tiny.build()
     samples = draw(net, range(3))
     (row,) = pack_samples(samples, [0.0] * len(samples), 256)
-    logprobs, rl = torch.zeros(256), replace(RL, beta=0.25, domain_beta={"domain 1": 0.0, "domain 2": 2.0})
+    logprobs, rl = (
+        torch.zeros(256),
+        replace(RL, beta=0.25, domains={"domain 1": DomainConfig(beta=0.0), "domain 2": DomainConfig(beta=2.0)}),
+    )
     tokens = policy_tokens(row, logprobs, rl, torch.zeros(256), None)
     assert tokens.beta is not None and tokens.old is None
     assert tokens.beta.tolist() == [0.25] * 3 + [0.0] * 3 + [2.0] * 3
-    assert policy_tokens(row, logprobs, replace(rl, beta=0.0, domain_beta={"domain 1": 0.0}), None, None).beta is None
+    assert (
+        policy_tokens(
+            row, logprobs, replace(rl, beta=0.0, domains={"domain 1": DomainConfig(beta=0.0)}), None, None
+        ).beta
+        is None
+    )
     first = policy_tokens(row, logprobs.requires_grad_(), replace(rl, old_logprobs="trainer"), torch.zeros(256), None)
     assert first.old is not None and not first.old.requires_grad
 

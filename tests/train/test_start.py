@@ -13,7 +13,17 @@ import torch
 
 from conf.convert import save_yaml
 from conf.errors import UserError
-from conf.schema import DataConfig, ModelConfig, OpsConfig, OptimConfig, RLConfig, RopeConfig, RunConfig, TrackerConfig
+from conf.schema import (
+    DataConfig,
+    DomainConfig,
+    ModelConfig,
+    OpsConfig,
+    OptimConfig,
+    RLConfig,
+    RopeConfig,
+    RunConfig,
+    TrackerConfig,
+)
 from model.hf import save_pretrained
 from tests.train import tiny
 from train.run import MAY_CHANGE
@@ -137,9 +147,10 @@ def test_differences_name_the_keys_but_those_that_may_change() -> None:
         "optim.lr=0.5 (was None)",
         "rl.judge_model=another (was None)",
     ]
-    changed = replace(stored, rl=RLConfig(domain_beta={"math": 0.1}))
-    assert differences(stored, changed, MAY_CHANGE) == ["rl.domain_beta={'math': 0.1} (was {})"]
-    assert differences(changed, stored, MAY_CHANGE) == ["rl.domain_beta={} (was {'math': 0.1})"]
+    changed = replace(stored, rl=RLConfig(domains={"math": DomainConfig(beta=0.1)}))
+    keys = ["rl.domains.math.share", "rl.domains.math.beta"]
+    assert differences(stored, changed, MAY_CHANGE) == [f"{keys[0]}=1.0 (was None)", f"{keys[1]}=0.1 (was None)"]
+    assert differences(changed, stored, MAY_CHANGE) == [f"{keys[0]}=None (was 1.0)", f"{keys[1]}=None (was 0.1)"]
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
