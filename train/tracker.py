@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class Tracker:
 
         All rows of a run are kept in memory until it ends: give a few samples a step, not all of them.
         """
+
+    def restore_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """What earlier attempts of the run logged, `step` first in each row; read only where it would be lost."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Writes out what is pending; `exit_code` other than 0 marks the run as failed."""
@@ -72,6 +75,7 @@ class WandbTracker(Tracker):
             raise UserError(f"W&B did not start: {reason}; {fix}") from error
         self._wandb = wandb
         self._tables: dict[str, Any] = {}
+        self._offline = mode == "offline"
         self.where = str(self._run.url) if mode == "online" else f"W&B {mode}, in {folder}"
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
@@ -79,15 +83,25 @@ class WandbTracker(Tracker):
         self._run.log({key: value for key, value in row.items() if value is not None and key != "step"}, step=step)
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if not rows or step < self._run.starting_step:  # a resumed run repeats it, W&B has it
+            return
+        self._fill(name, columns, ([step, *row] for row in rows))
+        self._run.log({name: self._tables[name]}, step=step)
+
+    def restore_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        # W&B's server knows the increments that a resumed run goes on from. Offline nobody does: a new attempt's table
+        # starts empty and would hide the rows before it, those of a killed attempt for good. So it takes them along.
+        if self._offline:
+            self._fill(name, columns, rows)
+
+    def _fill(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         if name not in self._tables:
             # Incremental: each log uploads the new rows only and none replaces an earlier one.
             names: list[str | int] = ["step", *columns]
             self._tables[name] = self._wandb.Table(columns=names, log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in rows:
-            assert len(row) == len(columns), f"table {name}: {len(row)} values for {len(columns)} columns"
-            self._tables[name].add_data(step, *redact(list(row)))
-        if rows:
-            self._run.log({name: self._tables[name]}, step=step)
+            assert len(row) == len(columns) + 1, f"table {name}: {len(row) - 1} values for {len(columns)} columns"
+            self._tables[name].add_data(*redact(list(row)))
 
     def finish(self, exit_code: int = 0) -> None:
         self._run.finish(exit_code=exit_code)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from conf.errors import UserError
 from conf.schema import TrackerConfig
 from train.metrics import MetricsWriter, read_metrics
 from train.progress import Progress, duration
-from train.tracker import Tracker, make_tracker
+from train.tracker import Tracker, WandbTracker, make_tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -118,9 +119,13 @@ from train.tracker import make_tracker
 resume, first = sys.argv[2] == "resume", int(sys.argv[3])
 config = {{"data": {{"path": "hf://user:{SECRET}@host", "seq_len": 512}}, "stage": "grpo"}}
 tracker = make_tracker(TrackerConfig(), sys.argv[1], config, resume)
+def rows(step):
+    return [["<b>1+1=?", float(step)], ["{SECRET}", 0.0]]
+earlier = [[step, *row] for step in range(1, first) for row in rows(step)]
+tracker.restore_table("rollouts", ["prompt", "reward"], earlier)
 for step in (first, first + 1):
     tracker.log(step, {{"step": step, "loss/lm": 1.0 / step, "indexer/layer_03/kl": 0.25, "lost": None}})
-    tracker.table("rollouts", step, ["prompt", "reward"], [["<b>1+1=?", float(step)], ["{SECRET}", 0.0]])
+    tracker.table("rollouts", step, ["prompt", "reward"], rows(step))
 tracker.finish()
 """
 
@@ -141,9 +146,10 @@ def test_wandb_offline_writes_records_and_resumes_without_network_noise_or_keys(
     stored = (run / "wandb/run_id").read_text().strip()
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(stored) for folder in folders)
-    tables = [json.loads(path.read_text()) for path in run.glob("wandb/offline-run-*/files/media/table/*.json")]
-    assert sorted(row[0] for table in tables for row in table["data"]) == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "reward")}
+    for folder, steps in zip(folders, ([1, 1, 2, 2], [1, 1, 2, 2, 3, 3, 4, 4]), strict=True):
+        tables = [json.loads(path.read_text()) for path in folder.glob("files/media/table/*.json")]
+        assert sorted(row[0] for table in tables for row in table["data"]) == steps
+        assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "reward")}
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert files and not [path for path in files if SECRET.encode() in path.read_bytes()]
     read = records(run)
@@ -152,8 +158,28 @@ def test_wandb_offline_writes_records_and_resumes_without_network_noise_or_keys(
         (step, pytest.approx(1 / step), 0.25) for step in (1, 2, 3, 4)
     ]
     assert not any("lost" in item for item in history)
+    # Each step's table is an increment of its own that names those before it in its attempt.
+    assert [item["rollouts.increment_num"] for item in history] == [0, 1, 0, 1]
+    assert [len(item["rollouts.previous_increments_paths"]) for item in history] == [0, 1, 0, 1]
+    assert len({item["rollouts.artifact_path"] for item in history}) == 4
     runs = [record["run"] for record in read if record["type"] == "run"]
     assert runs[0]["config"]["update"]["data"] == {"path": "hf://user:<redacted MY_API_TOKEN>@host", "seq_len": 512}
+
+
+def test_online_the_server_keeps_the_tables_of_earlier_attempts() -> None:
+    """What it has is neither sent along nor, where a resumed run repeats a step, sent again."""
+    import wandb
+
+    logged: list[tuple[int, int]] = []
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker._wandb, tracker._tables, tracker._offline = wandb, {}, False
+    tracker._run = SimpleNamespace(  # type: ignore[assignment]
+        starting_step=5, log=lambda row, step: logged.append((step, len(row["rollouts"].data)))
+    )
+    tracker.restore_table("rollouts", ["reward"], [[1, 0.0], [4, 0.0]])
+    for step in (3, 4, 5, 6):
+        tracker.table("rollouts", step, ["reward"], [[1.0]])
+    assert logged == [(5, 1), (6, 2)]
 
 
 def test_no_tracker_and_ranks_after_the_first_touch_nothing(tmp_path: Path) -> None:
