@@ -122,7 +122,7 @@ def _sample(sample: dict[str, Any]) -> str:
     if isinstance(parts, dict):
         facts += [(f"reward/{key}", value) for key, value in list(parts.items())[:8]]
     line = " ".join(f"<span>{text(key)} <b>{_short(value)}</b></span>" for key, value in facts)
-    known = {*SAMPLE_FACTS, "reward_parts"}
+    known = {*SAMPLE_FACTS, "reward_parts", "per_token"}
     rest = [key for key in sample if key not in known and key not in SAMPLE_TEXTS]
     shown = [(key, sample[key]) for key in (*SAMPLE_TEXTS, *rest) if sample.get(key) is not None]
     blocks = "".join(f"<dt>{text(key)}</dt><dd><pre>{text(value)}</pre></dd>" for key, value in shown[:12])

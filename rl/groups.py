@@ -13,7 +13,7 @@ import torch
 
 from conf.schema import RLConfig
 from rl.advantage import group_advantages
-from rl.messages import Sample
+from rl.messages import Sample, Trace
 from rl.rewards import Attempt, total_reward
 from rl.rewards.client import JudgeClient
 from rl.rewards.judged import judge_grades
@@ -31,6 +31,7 @@ class Experience:
     failures: list[str] = field(default_factory=list)  # why grades failed
     failed_groups: int = 0
     zero_spread: list[int] = field(default_factory=list)  # `prompt_index` of the groups whose rewards are all equal
+    traces: dict[int, Trace] = field(default_factory=dict)  # place in `trained` -> what the update saw, of a few
 
     def advantage_of(self, sample: Sample) -> float | None:
         """None for a sample of a group that is left out."""

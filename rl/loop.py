@@ -10,11 +10,9 @@ adaptation left it, and so do the router's bias and the MTP module, which has no
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
@@ -34,7 +32,7 @@ from rl.rewards.pool import RewardPool
 from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
-from rl.samples import COLUMNS, SamplesWriter, sample_row
+from rl.samples import COLUMNS, TABLE, SamplesWriter, cells, places_shown, sample_rows
 from rl.summary import add_over_ranks, domain_kl, domain_names, of_all_ranks, off_policy_metrics, rollout_row
 from rl.update import mini_batch_of, run_mini_batch, trainer_logprobs
 from train import checkpoint, distributed
@@ -44,8 +42,6 @@ from train.guards import Guard
 from train.optim import build_optimizer, rates, select_trainable
 from train.precision import autocast_dtype
 from train.run import RunContext
-
-SHOWN_SAMPLES = 8  # of rank 0, an iteration, in samples.jsonl
 
 
 def run(context: RunContext) -> None:
@@ -76,7 +72,7 @@ def run(context: RunContext) -> None:
     open_ledger(context, state)
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
     heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
-    writer = SamplesWriter(context.folder, None if context.resumed is None else state.step) if context.is_main else None
+    writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
     with pool, opened_judge as client, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:
@@ -202,11 +198,12 @@ def improve(
     old: list[list[Tensor] | None] = [None] * rl.mini_batches
     if rl.old_logprobs == "trainer":  # the first mini-batch has them from its own forward
         old[1:] = [trainer_logprobs(engine, experience, inside, rl, attention, cp) for inside in members[1:]]
+    shown = places_shown(experience) if context.is_main else ()
     rows: list[dict[str, float]] = []
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
     for number in range(rl.mini_batches):
-        update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number])
+        update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number], shown)
         if update is None:
             reason: str | None = "no group whose grades are whole"
         else:
@@ -215,6 +212,7 @@ def improve(
             rows.append({"loss/policy": update.loss, "optim/grad_norm": update.grad_norm, **update.metrics})
             off_policy += update.off_policy
             kl += update.kl
+            experience.traces |= {} if reason else update.traces
         if reason is not None:
             context.say(f"iteration {state.step + 1}: mini-batch {number} left out: {reason}")
             context.guard.count_skip(state.step + 1, reason)
@@ -238,20 +236,20 @@ def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def open_samples(context: RunContext, state: TrainState) -> SamplesWriter:
+    """samples.jsonl, cut back to where the run goes on, and the tracker's table with the same rows."""
+    writer = SamplesWriter(context.folder, None if context.resumed is None else state.step)
+    context.tracker.restore_table(TABLE, COLUMNS, writer.table())
+    return writer
+
+
 def show(context: RunContext, writer: SamplesWriter | None, experience: Experience, step: int) -> None:
-    """A few of rank 0's samples, from as many prompts as possible, into samples.jsonl and the tracker's table."""
+    """A few of rank 0's samples into samples.jsonl and the tracker's table."""
     if writer is None:
         return
-    by_place = sorted(experience.samples, key=lambda s: (s.request.sample_index, s.request.prompt_index))
-    rows = [sample_row(sample, experience.advantage_of(sample)) for sample in by_place[:SHOWN_SAMPLES]]
+    rows = sample_rows(experience, context.tokenizer(), context.config.rl)
     writer.write(step, rows)
-    cells = [[_cell(row[column]) for column in COLUMNS] for row in rows]
-    context.tracker.table("samples", step, list(COLUMNS), cells)
-
-
-def _cell(value: object) -> object:
-    """A table's cell: nested values as text."""
-    return json.dumps(value) if isinstance(value, Mapping) else value
+    context.tracker.table(TABLE, step, COLUMNS, [cells(row) for row in rows])
 
 
 def finish_iteration(

@@ -24,6 +24,7 @@ or where pi_old is the sampler's, as the current policy: a weight or a ratio of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,27 @@ class PolicyTokens:
     old: Tensor | None = None  # log pi_old of the trainer; None: the sampler's is pi_old
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the loss saw of the n drawn tokens, in their order, and of each sequence; no gradient, for people."""
+
+    sequence: Tensor  # [n]
+    logprobs: Tensor  # [n] log pi_theta
+    ratio: Tensor  # [n] r
+    clipped: Tensor  # [n] bool: the clip took the gradient
+    masked: Tensor  # [n] bool: M = 0
+    off_policy_kl: Tensor  # [num_sequences] d
+    reference_kl: Tensor | None  # [num_sequences] mean k
+
+
+class PolicyLoss(NamedTuple):
+    """`loss` and `metrics` are the share of these tokens in the mini-batch's: shares simply add up."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    seen: Seen
+
+
 def k3(log_ratio: Tensor) -> Tensor:
     """exp(x) - x - 1: Schulman's non-negative estimator of a KL from x = log(other / sampling distribution)."""
     return torch.expm1(log_ratio) - log_ratio
@@ -85,20 +107,8 @@ def off_policy_kl(tokens: PolicyTokens) -> Tensor:
     return sequence_means(sampler_gap(tokens), tokens.sequence, tokens.num_sequences)
 
 
-def known_sampler(tokens: PolicyTokens) -> Tensor:
-    """[T] log pi_sampler, with what counts as such where the sampler gave none."""
-    instead = tokens.logprobs.detach() if tokens.old is None else tokens.old
-    return torch.where(tokens.behaviour.isnan(), instead, tokens.behaviour)
-
-
-def reference_kl(tokens: PolicyTokens) -> Tensor:
-    """[T] k of eq. 7, differentiable through both factors."""
-    assert tokens.reference is not None
-    return (tokens.logprobs - known_sampler(tokens)).exp() * k3(tokens.reference - tokens.logprobs)
-
-
-def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-    """-> (loss, metrics), each the share of these tokens in the mini-batch's: shares simply add up.
+def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> PolicyLoss:
+    """The loss of these tokens, with what it saw of each.
 
     Metrics are means over sequences of per-sequence means: `policy/clip_frac` (tokens whose surrogate is clipped and
     gives no gradient), `policy/ratio_mean`, `policy/kl_ref` (where there is a reference),
@@ -114,24 +124,28 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> t
     sequence = tokens.sequence[drawn]
     lengths = torch.bincount(sequence, minlength=tokens.num_sequences).clamp(min=1)
 
+    def per_sequence(values: Tensor) -> Tensor:
+        """[drawn tokens] -> means over each sequence."""
+        return values.new_zeros(tokens.num_sequences).index_add(0, sequence, values) / lengths
+
     def share(values: Tensor) -> Tensor:
         """[drawn tokens] -> their share of the mean over all sequences of means over a sequence."""
-        sums = values.new_zeros(tokens.num_sequences).index_add(0, sequence, values)
-        return (sums / lengths).sum() / totals.sequences
+        return per_sequence(values).sum() / totals.sequences
 
-    logprobs, advantages, sampler = tokens.logprobs[drawn], tokens.advantages[drawn], known_sampler(tokens)[drawn]
+    logprobs, behaviour, advantages = tokens.logprobs[drawn], tokens.behaviour[drawn], tokens.advantages[drawn]
+    sampler = torch.where(behaviour.isnan(), logprobs.detach() if tokens.old is None else tokens.old[drawn], behaviour)
     old = sampler if tokens.old is None else tokens.old[drawn]
     ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages
     surrogate = torch.minimum(ratio * advantages, clipped)
 
     with torch.no_grad():
+        drift, is_clipped = off_policy_kl(tokens), clipped < ratio * advantages
         masked = torch.zeros_like(advantages, dtype=torch.bool)
         if settings.off_policy_delta is not None:
-            stale = off_policy_kl(tokens) > settings.off_policy_delta
-            masked = stale[sequence] & (advantages < 0)
+            masked = (drift > settings.off_policy_delta)[sequence] & (advantages < 0)
         metrics = {
-            "policy/clip_frac": share((clipped < ratio * advantages).to(ratio.dtype)),
+            "policy/clip_frac": share(is_clipped.to(ratio.dtype)),
             "policy/ratio_mean": share(ratio),
             "policy/off_policy_masked_frac": share(masked.to(ratio.dtype)),
             "mismatch/k3": share(k3(-sampler_gap(tokens)[drawn])),
@@ -145,8 +159,12 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> t
     if settings.importance_cap is not None:
         surrogate = weight * surrogate
     objective = torch.where(masked, torch.zeros_like(surrogate), surrogate)
+    reference_kl = None
     if tokens.reference is not None:
-        kl = reference_kl(tokens)[drawn]
-        metrics["policy/kl_ref"] = share(kl.detach())
+        kl = (logprobs - sampler).exp() * k3(tokens.reference[drawn] - logprobs)
+        reference_kl = per_sequence(kl.detach())
+        metrics["policy/kl_ref"] = reference_kl.sum() / totals.sequences
         objective = objective if tokens.beta is None else objective - tokens.beta[sequence] * kl
-    return -(share(objective) if settings.loss_mean == "sequence" else objective.sum() / totals.tokens), metrics
+    mean = share(objective) if settings.loss_mean == "sequence" else objective.sum() / totals.tokens
+    seen = Seen(sequence, logprobs.detach(), ratio.detach(), is_clipped, masked, drift, reference_kl)
+    return PolicyLoss(-mean, metrics, seen)

@@ -1,4 +1,5 @@
-"""What the parts of RL hand to one another: requests to a rollout engine, samples from it, their rewards.
+"""What the parts of RL hand to one another: requests to a rollout engine, samples from it, their rewards, and what
+training saw of them.
 
 A sample keeps columns over all its tokens, prompt included, so that one index means one token in every column: id,
 loss mask, behaviour log-prob, weight version, turn. Columns that replay what the sampler did (kept vocabulary set,
@@ -70,3 +71,14 @@ class Sample:
     def num_sampled(self) -> int:
         """Tokens the policy drew, end of sequence included: |o_i|."""
         return sum(self.tokens.loss_mask)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the loss saw of a sample at its own mini-batch, before that one's step; lists over its sampled tokens."""
+
+    logprobs: list[float]  # log pi_theta
+    ratios: list[float]  # pi_theta / pi_old
+    clipped: list[bool]
+    masked: bool  # eq. 8
+    off_policy_kl: float  # d of eq. 9

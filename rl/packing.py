@@ -8,7 +8,7 @@ place before the token itself, where its label is. Prompts and padding have labe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TrainingRow:
     sequence: Tensor  # int64 number of the sample inside this row, -1 where nothing was sampled
     num_sequences: int
     domains: tuple[str, ...] = ()  # of each sequence
+    packed: tuple[int, ...] = ()  # of each sequence: its place among the samples that were packed
     kept: KeptSets | None = None  # words that were in the running for the label
     experts: Tensor | None = None  # [M, T, K]
     selected: Tensor | None = None  # [L, T, k] positions in this row
@@ -85,7 +86,8 @@ def pack_samples(samples: Sequence[Sample], advantages: Sequence[float], length:
             room.append(length)
         members[row].append(i)
         room[row] -= size
-    return [_fill([samples[i] for i in row], [advantages[i] for i in row], length) for row in members]
+    rows = [_fill([samples[i] for i in row], [advantages[i] for i in row], length) for row in members]
+    return [replace(row, packed=tuple(inside)) for row, inside in zip(rows, members, strict=True)]
 
 
 def _fill(samples: list[Sample], advantages: list[float], length: int) -> TrainingRow:

@@ -1,37 +1,148 @@
 """`samples.jsonl`: a few samples of every iteration in full, for people. One JSON object a line, text as the model
-wrote it.
+wrote it; `python launch/samples.py RUN` makes a page of it.
 
-Like metrics.jsonl it is cut back to the checkpoint on resume, so each iteration's samples appear once.
+A row has what the sample is, how it was graded, and `per_token`: lists over the sampled tokens, of the sampler and of
+the update that trained on it (null where none did). Like metrics.jsonl the file is cut back to the checkpoint on
+resume, so each iteration's samples appear once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from rl.messages import Sample
+from transformers import PreTrainedTokenizerBase
+
+from conf.schema import RLConfig
+from rl.groups import Experience
+from rl.messages import Sample, Trace
+from rl.pieces import text_pieces
+from rl.rewards import reward_terms
 
 FILE_NAME = "samples.jsonl"
-COLUMNS = ("domain", "prompt", "answer", "text", "reward", "reward_parts", "advantage", "finish_reason", "tokens")
+TABLE = "samples"  # the tracker's
+COLUMNS = (  # of the table: all but the lists over tokens
+    *("domain", "prompt", "answer", "text", "reward", "reward_parts", "advantage", "finish_reason", "tokens", "rubric"),
+    *("prompt_index", "sample_index", "group_size", "group_reward", "weight_versions"),
+    *("max_log_ratio", "clip_frac", "off_policy_kl", "off_policy_masked"),
+)
+SHOWN_PROMPTS, SHOWN_GROUP = 8, 8  # one sample of each of so many prompts, and so many of one group
 
 
-def sample_row(sample: Sample, advantage: float | None) -> dict[str, Any]:
-    """What is shown of a sample; reward and advantage are null where a grader failed."""
-    request = sample.request
+def shown_samples(experience: Experience) -> list[Sample]:
+    """A sample of each of the first prompts, and most of one group: the first that has an advantage to show."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in sorted(experience.samples, key=lambda s: (s.request.prompt_index, s.request.sample_index)):
+        groups.setdefault(sample.request.prompt_index, []).append(sample)
+    taught = (s.request.prompt_index for s, a in zip(experience.trained, experience.advantages, strict=True) if a)
+    whole = min(taught, default=min(groups, default=None))
+    found = []
+    for number, (prompt, group) in enumerate(groups.items()):
+        found += group[: SHOWN_GROUP if prompt == whole else 1 if number < SHOWN_PROMPTS else 0]
+    return found
+
+
+def places_shown(experience: Experience) -> set[int]:
+    """Where in `experience.trained` the shown samples are, as far as they are trained on."""
+    shown = {id(sample) for sample in shown_samples(experience)}
+    return {place for place, sample in enumerate(experience.trained) if id(sample) in shown}
+
+
+def sample_rows(experience: Experience, tokenizer: PreTrainedTokenizerBase, rl: RLConfig) -> list[dict[str, Any]]:
+    """The rows of an iteration, after its update."""
+    places = {id(sample): place for place, sample in enumerate(experience.trained)}
+    rewards: dict[int, list[float | None]] = {}
+    for sample in experience.samples:
+        rewards.setdefault(sample.request.prompt_index, []).append(sample.reward)
+    rows = []
+    for sample in shown_samples(experience):
+        place = places.get(id(sample), -1)
+        advantage = experience.advantages[place] if place >= 0 else None
+        group = rewards[sample.request.prompt_index]
+        rows.append(sample_row(sample, advantage, experience.traces.get(place), group, tokenizer, rl))
+    return rows
+
+
+def sample_row(
+    sample: Sample,
+    advantage: float | None,
+    trace: Trace | None,
+    group: Sequence[float | None],
+    tokenizer: PreTrainedTokenizerBase,
+    rl: RLConfig,
+) -> dict[str, Any]:
+    """What is shown of a sample. Reward and advantage are null where a grader failed or the group was left out, what
+    the update saw where it was not trained on. `group`: the rewards of all samples of its prompt."""
+    request, tokens = sample.request, sample.tokens
+    graded = [reward for reward in group if reward is not None]
+    log_ratios = [abs(math.log(ratio)) for ratio in trace.ratios if 0 < ratio < math.inf] if trace else []
     return {
         "domain": request.domain,
         "prompt": request.prompt,
         "answer": request.answer,
+        "rubric": request.rubric or None,
         "text": sample.text,
         "reward": sample.reward,
         "reward_parts": dict(sample.reward_parts),
+        "reward_terms": {}
+        if sample.reward is None
+        else reward_terms(sample.reward_parts, rl.of(request.domain)),  # sum: `reward`
         "advantage": advantage,
         "finish_reason": sample.finish_reason,
         "tokens": sample.num_sampled,
+        "prompt_index": request.prompt_index,
+        "sample_index": request.sample_index,
+        "group_size": len(group),
+        "group_reward": sum(graded) / len(graded) if graded else None,
+        "weight_versions": sorted(set(compress(tokens.weight_versions, tokens.loss_mask))),
+        "max_log_ratio": _short(max(log_ratios)) if log_ratios else None,
+        "clip_frac": _short(sum(trace.clipped) / len(trace.clipped)) if trace else None,
+        "off_policy_kl": _short(trace.off_policy_kl) if trace else None,
+        "off_policy_masked": trace.masked if trace else None,
+        "per_token": {
+            "text": _pieces(sample, tokenizer),
+            "behaviour_logprobs": [_short(p) for p in compress(tokens.behaviour_logprobs, tokens.loss_mask)],
+            "logprobs": [_short(p) for p in trace.logprobs] if trace else None,
+            "ratios": [_short(ratio) for ratio in trace.ratios] if trace else None,
+            "clipped": trace.clipped if trace else None,
+            "kept": _kept(sample),
+        },
     }
+
+
+def _short(value: float) -> float | None:
+    """Six digits are plenty to look at; null where it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """Text of each sampled token, the end of sequence's is empty; null where they are not the text that was graded."""
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    ids = list(compress(sample.tokens.ids, sample.tokens.loss_mask))
+    ended = sample.finish_reason == "stop"
+    pieces = text_pieces(ids[:-1] if ended else ids, decode) + [""] * ended
+    return pieces if "".join(pieces) == sample.text else None
+
+
+def _kept(sample: Sample) -> list[int | None] | None:
+    """Words that were in the running for each sampled token, null for all of them; null where no word ever was out."""
+    sets = sample.tokens.kept_sets
+    sizes = [len(kept) or None for kept in compress(sets, sample.tokens.loss_mask)] if sets is not None else []
+    return sizes if any(sizes) else None
+
+
+def cells(row: Mapping[str, Any]) -> list[Any]:
+    """The row in the table's columns, nested values as text."""
+    values = [row.get(column) for column in COLUMNS]
+    return [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
 
 
 class SamplesWriter:
@@ -45,17 +156,15 @@ class SamplesWriter:
 
     def _cut_back(self, resume_step: int) -> None:
         """Keeps the whole lines of steps that the checkpoint has seen; a temporary file, synced, moved into place."""
-        kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if line.endswith(b"\n") and row["step"] <= resume_step:
-                kept.append(line)
         partial = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
-        with open(partial, "wb") as file:
-            file.writelines(kept)
+        with open(partial, "wb") as file, open(self.path, "rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except ValueError:  # torn by a kill
+                    continue
+                if line.endswith(b"\n") and row["step"] <= resume_step:
+                    file.write(line)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path)
@@ -63,3 +172,10 @@ class SamplesWriter:
     def write(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         with open(self.path, "ab") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=True).encode() + b"\n" for row in rows)
+
+    def table(self) -> Iterator[list[Any]]:
+        """What the file holds as rows of the table, each with its step first."""
+        if self.path.exists():
+            with open(self.path, "rb") as lines:
+                for row in map(json.loads, lines):
+                    yield [row["step"], *cells(row)]

@@ -7,8 +7,8 @@ short ones add empty rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from conf.schema import RLConfig
 from model.replay import Replay
 from rl.groups import Experience
-from rl.loss import LossSettings, PolicyTokens, Totals, grpo_loss, off_policy_kl, reference_kl, sequence_means
-from rl.messages import Sample
+from rl.loss import LossSettings, PolicyLoss, PolicyTokens, Seen, Totals, grpo_loss, sequence_means
+from rl.messages import Sample, Trace
 from rl.packing import TrainingRow, empty_row, pack_samples
 from rl.reference import Reference
 from rl.summary import add_over_ranks
@@ -38,7 +38,8 @@ class Update:
     metrics: dict[str, float]
     num_sequences: int
     off_policy: list[tuple[float, bool]]  # of this rank's sequences: the measure of eq. 9, whether A < 0
-    kl: list[tuple[str, float]]  # of this rank's sequences: domain, KL to the reference; empty without one
+    kl: list[tuple[str, float]] = field(default_factory=list)  # of them: domain, KL to the reference, if there is one
+    traces: dict[int, Trace] = field(default_factory=dict)  # place in `Experience.trained` -> what was asked for
 
 
 def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: int) -> int:
@@ -91,10 +92,12 @@ def run_mini_batch(
     attention: str,
     cp: ContextParallel,
     old: Sequence[Tensor] | None = None,
+    shown: Collection[int] = (),
 ) -> Update | None:
     """Forward and backward of the samples `members` of the experience; None where no rank has any.
 
-    `old`: see `trainer_logprobs`; None at the first mini-batch, whose weights are still those.
+    `old`: see `trainer_logprobs`; None at the first mini-batch, whose weights are still those. `shown`: the members to
+    trace; ranks may ask for different ones, and under context parallelism the first of a replica is told of its own.
     """
     counts = {"sequences": len(members), "tokens": sum(experience.trained[i].num_sampled for i in members)}
     totals = Totals(**{name: int(value) for name, value in add_over_ranks(counts).items()})
@@ -104,6 +107,7 @@ def run_mini_batch(
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
+    traces: dict[int, Trace] = {}
     for number, row in enumerate(rows):
         inputs = model_inputs(row, rl, cp)
         gather = inputs["context"].gather
@@ -111,21 +115,24 @@ def run_mini_batch(
         assert out.token_logprobs is not None
         ref = None if reference is None else gather(reference.logprobs(inputs, attention))
         tokens = policy_tokens(row, gather(out.token_logprobs), rl, ref, None if old is None else old[number])
-        loss, metrics = row_loss(tokens, rl, totals, cp)
+        loss, metrics, seen = row_loss(tokens, rl, totals, cp)
         engine.backward(loss, last=number == len(rows) - 1)
         for name, agreed in out.replay.items():
             metrics[f"{name}/same"], metrics[f"{name}/counted"] = agreed.sum(0).unbind()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-        if cp.rank == 0:
-            off_policy += off_policy_of(tokens)
-            kl += kl_of(tokens, row)
+        if cp.rank == 0:  # its own samples come first among the replica's
+            off_policy += off_policy_of(tokens, seen)
+            if seen.reference_kl is not None:
+                kl += zip(row.domains, seen.reference_kl.tolist(), strict=True)
+            own = [(i, members[place]) for i, place in enumerate(row.packed) if place < len(members)]
+            traces |= {member: trace_of(seen, i) for i, member in own if member in shown}
     found = add_over_ranks(sums)
     for name, metric in REPEATED.items():
         same, counted = found.pop(f"{name}/same"), found.pop(f"{name}/counted")
         if counted:  # no engine need record them
             found[metric] = same / counted
-    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy, kl)
+    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy, kl, traces)
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
@@ -168,25 +175,26 @@ def policy_tokens(
     )
 
 
-def row_loss(
-    tokens: PolicyTokens, rl: RLConfig, totals: Totals, cp: ContextParallel
-) -> tuple[Tensor, dict[str, Tensor]]:
+def row_loss(tokens: PolicyTokens, rl: RLConfig, totals: Totals, cp: ContextParallel) -> PolicyLoss:
     """This rank's part. Of a shared row every rank has all log-probs and takes the whole loss, of which the cp-th part
     counts: sums over a sequence then need no thought of slices, and `gather` adds the gradients up."""
-    loss, metrics = grpo_loss(tokens, loss_settings(rl), totals)
-    return loss / cp.size, {name: value / cp.size for name, value in metrics.items()}
+    loss, metrics, seen = grpo_loss(tokens, loss_settings(rl), totals)
+    return PolicyLoss(loss / cp.size, {name: value / cp.size for name, value in metrics.items()}, seen)
 
 
-@torch.no_grad()
-def kl_of(tokens: PolicyTokens, row: TrainingRow) -> list[tuple[str, float]]:
-    """Of each sequence of the row: its domain, mean KL of its tokens to the reference."""
-    if tokens.reference is None:
-        return []
-    means = sequence_means(reference_kl(tokens), tokens.sequence, tokens.num_sequences)
-    return list(zip(row.domains, means.tolist(), strict=True))
-
-
-def off_policy_of(tokens: PolicyTokens) -> list[tuple[float, bool]]:
+def off_policy_of(tokens: PolicyTokens, seen: Seen) -> list[tuple[float, bool]]:
     """Of each sequence: the measure of eq. 9 and whether its advantage is negative."""
     advantages = sequence_means(tokens.advantages, tokens.sequence, tokens.num_sequences)
-    return list(zip(off_policy_kl(tokens).tolist(), (advantages < 0).tolist(), strict=True))
+    return list(zip(seen.off_policy_kl.tolist(), (advantages < 0).tolist(), strict=True))
+
+
+def trace_of(seen: Seen, number: int) -> Trace:
+    """What the loss saw of sequence `number` of its row."""
+    mine = seen.sequence == number
+    return Trace(
+        logprobs=seen.logprobs[mine].tolist(),
+        ratios=seen.ratio[mine].tolist(),
+        clipped=seen.clipped[mine].tolist(),
+        masked=bool(seen.masked[mine].any()),
+        off_policy_kl=float(seen.off_policy_kl[number]),
+    )

@@ -6,6 +6,6 @@ process imports at its start is the standard library and math-verify, and this f
 """
 
 from rl.rewards.attempt import Attempt, extract_answer
-from rl.rewards.total import part_names, total_reward
+from rl.rewards.total import part_names, reward_terms, total_reward
 
-__all__ = ["Attempt", "extract_answer", "part_names", "total_reward"]
+__all__ = ["Attempt", "extract_answer", "part_names", "reward_terms", "total_reward"]

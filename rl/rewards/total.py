@@ -64,11 +64,17 @@ def with_length(outcome: float, parts: Mapping[str, float], rl: RLConfig) -> flo
     return outcome * (1.0 - p * parts["length"])
 
 
-def total_reward(parts: Mapping[str, float], rl: RLConfig) -> float:
-    """The outcome with its length penalty + the weights of format, language and judge times these parts."""
-    reward = with_length(parts[rl.outcome], parts, rl) + rl.format_weight * parts["format"]
+def reward_terms(parts: Mapping[str, float], rl: RLConfig) -> dict[str, float]:
+    """What the reward is the sum of, by part: the outcome with its length penalty, then the weights of format, language
+    and judge times these parts."""
+    terms = {rl.outcome: with_length(parts[rl.outcome], parts, rl), "format": rl.format_weight * parts["format"]}
     if rl.language != "none":
-        reward += rl.language_weight * parts["language"]
+        terms["language"] = rl.language_weight * parts["language"]
     if rl.judge_weight > 0 and "judge" in parts:  # a row without rubric: the same for the whole group
-        reward += rl.judge_weight * parts["judge"]
-    return reward
+        terms["judge"] = rl.judge_weight * parts["judge"]
+    return terms
+
+
+def total_reward(parts: Mapping[str, float], rl: RLConfig) -> float:
+    """The reward of a sample with these parts."""
+    return sum(reward_terms(parts, rl).values())

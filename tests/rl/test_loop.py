@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -319,6 +320,24 @@ def test_every_group_equal_ends_after_the_rounds(base: str, tmp_path: Path, monk
     (row,) = rows(tmp_path / "run")
     assert row["rollout/resampled_groups"] == 8 and row["reward/zero_spread_frac"] == 1
     assert row["loss/policy"] == 0 and row["optim/grad_norm"] == 0
+
+
+def test_samples_show_what_was_drawn_graded_and_trained(base: str, tmp_path: Path):
+    """Two mini-batches: the first is on policy, the second has moved. The text of the tokens is the sample's."""
+    run = config(tmp_path / "run", base, rl=replace(RL, mini_batches=2, top_p=0.95, off_policy_delta=1e-3), steps=2)
+    assert go(replace(run, optim=replace(run.optim, lr=1e-2)), 2) == ["finished"] * 2
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt_index"]) for row in shown] == [(1, 0)] * 4 + [(1, 2)] + [(2, 0)] * 4 + [(2, 2)]
+    for row in shown:
+        told = row["per_token"]
+        assert "".join(told["text"]) == row["text"] and row["weight_versions"] == [row["step"] - 1]
+        assert {len(column) for column in told.values()} == {row["tokens"]} and max(filter(None, told["kept"])) < 256
+        assert row["off_policy_masked"] is (row["advantage"] < 0 and row["off_policy_kl"] > 1e-3)
+        gaps = [old - new for old, new in zip(told["behaviour_logprobs"], told["logprobs"], strict=True)]
+        assert row["off_policy_kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
+        assert [math.exp(-gap) for gap in gaps] == pytest.approx(told["ratios"], rel=1e-4)
+        assert (row["max_log_ratio"] < 1e-4) is (row["prompt_index"] == 0)  # of the first mini-batch
+    assert any(row["clip_frac"] for row in shown)
 
 
 def test_the_measure_of_eq_9_is_logged_for_every_delta(base: str, tmp_path: Path):

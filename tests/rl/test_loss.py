@@ -192,7 +192,7 @@ def test_hand_worked_numbers():
     behaviour = torch.tensor([-1.0, -2.0, -0.7], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
     tokens = PolicyTokens(behaviour + ratios.log(), behaviour, advantages, torch.tensor([0, 0, 1]), 2)
-    loss, metrics = grpo_loss(tokens, OPEN, Totals(2, 3))
+    loss, metrics, _ = grpo_loss(tokens, OPEN, Totals(2, 3))
     assert loss.item() == pytest.approx(-0.175, rel=1e-12)
     assert metrics["policy/clip_frac"].item() == pytest.approx((0.5 + 1.0) / 2)
     assert metrics["policy/ratio_mean"].item() == pytest.approx((1.25 + 0.5) / 2)
@@ -205,7 +205,7 @@ def test_token_mean_by_hand():
     ratios = torch.tensor([1.5, 1.0, 0.5], dtype=torch.float64)
     behaviour, advantages = torch.tensor([-1.0, -2.0, -0.7]).double(), torch.tensor([1.0, 1.0, -1.0]).double()
     tokens = PolicyTokens(behaviour + ratios.log(), behaviour, advantages, torch.tensor([0, 0, 1]), 2)
-    loss, metrics = grpo_loss(tokens, replace(OPEN, loss_mean="token"), Totals(2, 3))
+    loss, metrics, _ = grpo_loss(tokens, replace(OPEN, loss_mean="token"), Totals(2, 3))
     assert loss.item() == pytest.approx(-0.5, rel=1e-12)
     assert metrics["policy/clip_frac"].item() == pytest.approx((0.5 + 1.0) / 2)
 
@@ -219,13 +219,13 @@ def test_truncated_weights_by_hand():
     old = sampler + weights.log()
     logprobs = (old + torch.tensor([1.0, 1.1, 1.0], dtype=torch.float64).log()).requires_grad_()
     tokens = replace(one_token_sequences(logprobs, sampler, torch.ones(3).double()), old=old)
-    loss, metrics = grpo_loss(tokens, replace(OPEN, importance_cap=2.0), Totals(3, 3))
+    loss, metrics, _ = grpo_loss(tokens, replace(OPEN, importance_cap=2.0), Totals(3, 3))
     wanted = [0.5, 1.65, 2.0]
     assert loss.item() == pytest.approx(-sum(wanted) / 3, rel=1e-12)
     assert (-3 * torch.autograd.grad(loss, logprobs)[0]).tolist() == pytest.approx(wanted, rel=1e-12)
     assert metrics["policy/importance_mean"].item() == pytest.approx((0.5 + 1.5 + 2) / 3)
     assert metrics["policy/importance_capped_frac"].item() == pytest.approx(1 / 3)
-    without, _ = grpo_loss(tokens, OPEN, Totals(3, 3))
+    without = grpo_loss(tokens, OPEN, Totals(3, 3)).loss
     assert without.item() == pytest.approx(-(1 + 1.1 + 1) / 3, rel=1e-12)
 
 
@@ -234,7 +234,7 @@ def test_each_domain_has_its_own_strength():
     logprobs = torch.full((2,), -1.0, dtype=torch.float64, requires_grad=True)
     tokens = one_token_sequences(logprobs, logprobs.detach(), torch.zeros(2).double(), torch.full((2,), -2.0).double())
     tokens = replace(tokens, beta=torch.tensor([0.0, 0.5]).double())
-    loss, metrics = grpo_loss(tokens, OPEN, Totals(2, 2))
+    loss, metrics, _ = grpo_loss(tokens, OPEN, Totals(2, 2))
     kl = math.exp(-1)  # exp(x) - x - 1 at x = -1
     assert loss.item() == pytest.approx(0.5 * kl / 2, rel=1e-12)
     assert metrics["policy/kl_ref"].item() == pytest.approx(kl, rel=1e-12)
@@ -249,13 +249,13 @@ def test_a_missing_log_prob_is_no_evidence_and_no_weight():
     tokens = PolicyTokens(logprobs, behaviour, -torch.ones(3).double(), torch.tensor([0, 0, 1]), 2)
     assert off_policy_kl(tokens).tolist() == pytest.approx([0.2, 0.4])
     settings = LossSettings(0.9, 0.2, off_policy_delta=0.3)
-    loss, metrics = grpo_loss(tokens, settings, Totals(2, 3))
+    loss, metrics, _ = grpo_loss(tokens, settings, Totals(2, 3))
     assert metrics["policy/off_policy_masked_frac"].item() == 0.5  # sequence 1 alone
     assert loss.item() == pytest.approx((math.exp(-0.4) + 1) / 2 / 2)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert gradient.tolist() == pytest.approx([math.exp(-0.4) / 4, 1 / 4, 0.0])
     old = torch.tensor([-1.0, -3.5, -1.0], dtype=torch.float64)
-    loss, metrics = grpo_loss(replace(tokens, old=old), replace(settings, importance_cap=9.0), Totals(2, 3))
+    loss, metrics, _ = grpo_loss(replace(tokens, old=old), replace(settings, importance_cap=9.0), Totals(2, 3))
     assert metrics["policy/importance_mean"].item() == pytest.approx(1.0)
     assert loss.item() == pytest.approx((math.exp(-0.4) + math.exp(0.5)) / 2 / 2)
 
@@ -270,10 +270,10 @@ def test_off_policy_mask_drops_stale_negative_sequences_from_the_surrogate_alone
     tokens = one_token_sequences(logprobs, behaviour, advantages, reference)
     settings = LossSettings(0.9, 0.2, off_policy_delta=0.5)
     assert off_policy_kl(tokens).tolist() == [1.0, 1.0, 0.0]
-    loss, metrics = grpo_loss(tokens, settings, Totals(3, 3))
+    loss, metrics, _ = grpo_loss(tokens, settings, Totals(3, 3))
     assert metrics["policy/off_policy_masked_frac"].item() == pytest.approx(1 / 3)
     assert loss.item() == pytest.approx(-(0.0 + math.exp(-1) - 1.0) / 3)
-    with_kl, _ = grpo_loss(replace(tokens, beta=torch.ones(3).double()), settings, Totals(3, 3))
+    with_kl = grpo_loss(replace(tokens, beta=torch.ones(3).double()), settings, Totals(3, 3)).loss
     (gradient,) = torch.autograd.grad(with_kl, logprobs)
     assert gradient[0].item() != 0
     on_trainer = replace(tokens, old=logprobs.detach())  # the measure stays the sampler's, whosever pi_old is
@@ -290,21 +290,21 @@ def cut(tokens: PolicyTokens, keep: Tensor) -> PolicyTokens:
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_shares_of_two_rows_add_up_to_one_row(mean: str):
     tokens, settings = random_tokens(5), LossSettings(0.2, 0.3, 0.1, 1.2, mean)
-    whole, metrics = grpo_loss(tokens, settings, totals(tokens))
+    whole, metrics, _ = grpo_loss(tokens, settings, totals(tokens))
     first, second = cut(tokens, tokens.sequence <= 1), cut(tokens, tokens.sequence > 1)
     assert tokens.beta is not None
     first = replace(first, num_sequences=2, beta=tokens.beta[:2])
     second = replace(second, num_sequences=2, beta=tokens.beta[2:], sequence=second.sequence - 2)
     parts = [grpo_loss(part, settings, totals(tokens)) for part in (first, second)]
-    assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole.item(), rel=1e-12)
+    assert sum(part.loss.item() for part in parts) == pytest.approx(whole.item(), rel=1e-12)
     for name, value in metrics.items():
-        assert sum(found[name].item() for _, found in parts) == pytest.approx(value.item(), rel=1e-12), name
+        assert sum(found[name].item() for _, found, _ in parts) == pytest.approx(value.item(), rel=1e-12), name
 
 
 def test_a_row_without_sequences_has_zero_loss_and_zero_gradient():
     logprobs = torch.zeros(8, requires_grad=True)
     tokens = PolicyTokens(logprobs, torch.zeros(8), torch.zeros(8), torch.full((8,), -1), 0)
-    loss, metrics = grpo_loss(tokens, OPEN, Totals(5, 9))
+    loss, metrics, _ = grpo_loss(tokens, OPEN, Totals(5, 9))
     loss.backward()
     assert loss.item() == 0.0 and logprobs.grad is not None and (logprobs.grad == 0).all()
     assert all(value.item() == 0 for value in metrics.values())

@@ -15,7 +15,7 @@ from conf.schema import DomainConfig, OptimConfig, ParallelConfig, RLConfig
 from model import Transformer
 from model.context import Context
 from rl.groups import Experience
-from rl.messages import RolloutRequest, Sample
+from rl.messages import RolloutRequest, Sample, Trace
 from rl.packing import empty_row, pack_samples
 from rl.reference import Reference
 from rl.rollout.native import NativeEngine
@@ -164,7 +164,7 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
 
 def _gradient(
     parallel: ParallelConfig, deal: list[list[int]], length: int, changes: dict[str, Any]
-) -> tuple[np.ndarray, dict[str, float], list[tuple[float, bool]]]:
+) -> tuple[np.ndarray, dict[str, float], list[tuple[float, bool]], dict[tuple[int, int], Trace]]:
     """All gradients of one mini-batch as the optimiser's step sees them (SGD at rate 1), with this rank's prompts.
 
     With a pi_old of the trainer that is taken between the sampler's weights and those of the gradient.
@@ -190,12 +190,24 @@ def _gradient(
         head.data.mul_(0.97)
         old = trainer_logprobs(engine, found, members, rl, "sparse", cp)
         head.data.copy_(now)
-    update = run_mini_batch(engine, found, members, rl, reference, "sparse", cp, old)
+    update = run_mini_batch(engine, found, members, rl, reference, "sparse", cp, old, members)
     assert update is not None
     engine.step({"trunk": 1.0, "indexer": 1.0})
     after = torch.cat([p.detach().flatten() for p in trained])
     found_metrics = {**update.metrics, "loss": update.loss, "sequences": update.num_sequences}
-    return (before - after).numpy(), found_metrics, update.off_policy
+    asked = {i: found.trained[i].request for i in update.traces}
+    traces = {(asked[i].prompt_index, asked[i].sample_index): trace for i, trace in update.traces.items()}
+    return (before - after).numpy(), found_metrics, update.off_policy, traces
+
+
+def metrics_of(traces: dict[tuple[int, int], Trace], metrics: dict[str, float] | None = None) -> dict[str, float]:
+    """What the traces of all sequences say of the mini-batch's metrics, or what the metrics say."""
+    told = {
+        "policy/ratio_mean": np.mean([np.mean(trace.ratios) for trace in traces.values()]),
+        "policy/clip_frac": np.mean([np.mean(trace.clipped) for trace in traces.values()]),
+        "policy/off_policy_masked_frac": np.mean([trace.masked for trace in traces.values()]),
+    }
+    return told if metrics is None else {name: metrics[name] for name in told}
 
 
 @pytest.mark.parametrize(
@@ -216,18 +228,27 @@ def test_the_gradient_depends_on_neither_rows_nor_ranks(changes: dict[str, Any])
 
     ZeRO-2 reduces in every backward pass, so ranks out of step would wait for one another for ever.
     """
-    ((whole, metrics, spread),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256, changes)
+    ((whole, metrics, spread, traces),) = run_ranks(_gradient, 1, ParallelConfig(zero=0), [[0, 1, 2, 3]], 256, changes)
     assert metrics["sequences"] == PROMPTS * GROUP == len(spread) and abs(whole).max() > 1e-3
     assert (metrics["policy/kl_ref"] > 0) if "policy/kl_ref" in metrics else not changes
     if "importance_cap" in changes:
         assert 0 < metrics["policy/importance_capped_frac"] < 1 and abs(metrics["policy/ratio_mean"] - 1) > 1e-3
+    assert len(traces) == PROMPTS * GROUP and metrics_of(traces) == pytest.approx(metrics_of(traces, metrics))
     for deal in ([[3], [0, 2, 1]], [[0, 1, 2, 3], []]):
         for parallel in (ParallelConfig(zero=2), ParallelConfig(zero=2, cp=2), ParallelConfig(zero=2, offload="cpu")):
             parts = run_ranks(_gradient, 2, parallel, deal, 32, changes)
-            for gradient, found, _ in parts:
+            for gradient, found, *_ in parts:
                 np.testing.assert_allclose(gradient, whole, rtol=2e-4, atol=2e-6)
                 assert found == pytest.approx(metrics, rel=1e-4, abs=1e-7)
-            both = sorted(pair for *_, mine in parts for pair in mine)
+            for rank, (*_, told) in enumerate(parts):
+                own = deal[rank] if rank == 0 or parallel.cp == 1 else []
+                assert sorted(told) == sorted((p, s) for p in own for s in range(GROUP))
+                for place, trace in told.items():
+                    assert trace.clipped == traces[place].clipped and trace.masked == traces[place].masked
+                    assert trace.logprobs == pytest.approx(traces[place].logprobs, abs=1e-4)
+                    assert trace.ratios == pytest.approx(traces[place].ratios, rel=1e-4)
+                    assert trace.off_policy_kl == pytest.approx(traces[place].off_policy_kl, abs=1e-5)
+            both = sorted(pair for _, _, mine, _ in parts for pair in mine)
             assert [negative for _, negative in both] == [negative for _, negative in sorted(spread)]
             assert [kl for kl, _ in both] == pytest.approx([kl for kl, _ in sorted(spread)], abs=1e-6)
 
