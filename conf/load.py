@@ -10,6 +10,7 @@ string, the text after `key=` is taken as it stands, so that no path needs the q
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,24 @@ def _group_override(arg: str, group: str, value: str) -> str:
 
 
 def _listed(text: str) -> str:
-    """`a,b` or `[a, b]` -> Hydra's list of quoted strings; nothing, `[]` or `null` is the empty list."""
-    inside = text.strip().removeprefix("[").removesuffix("]")
-    items = [] if inside.strip().lower() in ("", "null") else [item.strip().strip("'\"") for item in inside.split(",")]
+    """`a,b`, `[a, b]` or JSON -> Hydra's list of quoted strings; nothing, `[]` or `null` is the empty list.
+
+    JSON's escapes are read, for strings with a comma, outer spaces or a line break: `["\\n\\n"]`.
+    """
+    items = _json_strings(text)
+    if items is None:
+        inside = text.strip().removeprefix("[").removesuffix("]")
+        none = inside.strip().lower() in ("", "null")
+        items = [] if none else [item.strip().strip("'\"") for item in inside.split(",")]
     return f"[{','.join(QuotedString(text=item, quote=Quote.single).with_quotes() for item in items)}]"
+
+
+def _json_strings(text: str) -> list[str] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else None
 
 
 def _value_override(arg: str, key: str, text: str, hint: Any) -> str:

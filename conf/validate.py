@@ -19,6 +19,7 @@ from conf.schema import STAGES, TASK_LEVELS, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
+THINK_END = "</think>"  # graders read what follows it
 LANGUAGES = (
     "none", "latin", "han", "japanese", "hangul", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai",
 )  # fmt: skip
@@ -358,6 +359,17 @@ def rl_rewards(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.language_weight={rl.language_weight:g} rewards no language: give rl.language=latin or another script"
 
 
+def stop_strings(config: RunConfig, world_size: int) -> Iterator[str]:
+    for string in config.rl.stop:
+        if not string:
+            yield "rl.stop holds an empty string, which every text begins with: leave it out"
+        elif string in THINK_END:
+            yield (
+                f"rl.stop={string} is a part of {THINK_END}, so no sample would come to its answer: give a string that"
+                " follows the answer"
+            )
+
+
 def judge_is_given(config: RunConfig, world_size: int) -> Iterator[str]:
     rl = config.rl
     own = rl.outcome in ("judge", "proof") or rl.judge_weight > 0
@@ -431,6 +443,7 @@ RULES: tuple[Rule, ...] = (
     rl_domains,
     rl_batch,
     rl_rewards,
+    stop_strings,
     judge_is_given,
     judge_url_is_safe,
     rl_weights,

@@ -267,11 +267,12 @@ def generate(
     eos_id: int,
     attention: str = "sparse",
     done: Callable[[int], object] = lambda finished: None,
-    stopped: Callable[[list[int]], bool] | None = None,
+    stopped: Callable[[int, list[int]], bool] | None = None,
     max_batch: int = MAX_BATCH,
 ) -> list[Generation]:
     """One continuation an ask, in their order. `done` hears, as decoding goes on, how many samples have finished since
-    it was last called; `stopped` says of a sample's ids whether they end it (stop strings), beside eos.
+    it was last called; `stopped` says of the ids drawn for an ask (its number) whether they end it (stop strings),
+    beside eos; it is asked after every other token, and must not change the list.
 
     Raises ValueError for an empty prompt, and where a prompt and its answer would not fit max_position_embeddings.
     """
@@ -302,7 +303,7 @@ class _Batch:
         sampling: Sampling,
         eos_id: int,
         attention: str,
-        stopped: Callable[[list[int]], bool] | None,
+        stopped: Callable[[int, list[int]], bool] | None,
         max_batch: int,
     ) -> None:
         self.net, self.asks, self.sampling, self.eos_id = net, asks, sampling, eos_id
@@ -316,6 +317,7 @@ class _Batch:
         self.decoder = Decoder(net, places, capacity, attention, sampling.record)
         self.asked = [-1] * places
         self.kept: list[list[list[int]]] = [[] for _ in range(places)]
+        self.said: list[list[int]] = [[] for _ in range(places)]
         self.position = torch.zeros(places, dtype=torch.int64, device=self.device)
         self.step, self.budget = torch.zeros_like(self.position), torch.zeros_like(self.position)
         self.running = torch.zeros(places, dtype=torch.bool, device=self.device)
@@ -348,7 +350,7 @@ class _Batch:
             self.decoder.take(place, decoder, index, len(ask.prompt))
             if self.last is None:
                 self.last = last.new_zeros(len(self.asked), last.shape[-1])
-            self.asked[place], self.kept[place], self.last[place] = i, [], last
+            self.asked[place], self.kept[place], self.said[place], self.last[place] = i, [], [], last
             self.position[place], self.step[place], self.budget[place] = len(ask.prompt), 0, ask.max_new_tokens
             self.running[place] = True
             generator = torch.Generator().manual_seed(ask.seed)
@@ -381,9 +383,7 @@ class _Batch:
         self.step += self.running
         said_all = token == self.eos_id
         if self.stopped is not None:
-            ids, steps = self.ids.tolist(), self.step.tolist()
-            for place in live.tolist():
-                said_all[place] |= self.stopped(ids[place][: steps[place]])
+            said_all = said_all.logical_or(self._stopped(live.tolist(), token.tolist()))
         ended = said_all | (self.step >= self.budget)
         finished = (self.running & ended).nonzero().squeeze(1).tolist()
         for place in finished:
@@ -395,6 +395,16 @@ class _Batch:
             self.last = self.decoder.hidden(token.unsqueeze(1), at.unsqueeze(1)).squeeze(1)
         self.position += self.running
         return finished
+
+    def _stopped(self, live: list[int], token: list[int]) -> Tensor:
+        """[B] which places' tokens end their samples, eos apart; `said` holds the ids of each as a list that grows."""
+        assert self.stopped is not None
+        found = [False] * len(token)
+        for place in live:
+            self.said[place].append(token[place])
+            if token[place] != self.eos_id:
+                found[place] = self.stopped(self.asked[place], self.said[place])
+        return torch.tensor(found, device=self.device)
 
     def _finish(self, place: int, reason: str) -> None:
         size, ask = int(self.step[place]), self.asks[self.asked[place]]
@@ -417,5 +427,6 @@ class _Batch:
         assert self.last is not None
         self.decoder.keep(rows)
         self.asked, self.kept = [self.asked[i] for i in rows], [self.kept[i] for i in rows]
+        self.said = [self.said[i] for i in rows]
         for name in ("position", "step", "budget", "running", "last", "ids", "logps", "uniform"):
             setattr(self, name, getattr(self, name)[rows])

@@ -61,8 +61,8 @@ class Sample:
 
     request: RolloutRequest
     tokens: TokenColumns
-    text: str  # what was sampled, without the end-of-sequence token
-    finish_reason: str  # stop | length
+    text: str  # what was sampled, without the end-of-sequence token or the stop string and what lies behind it
+    finish_reason: str  # stop (end of sequence or a stop string) | length
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, see rl/rewards/total.py
     outcome: float | None = None  # the part that says whether the answer is right
     reward: float | None = None  # made of the parts; None: not graded, or a grader failed

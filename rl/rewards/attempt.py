@@ -14,7 +14,7 @@ class Attempt:
 
     prompt: str
     answer: str  # the reference
-    text: str  # what was sampled after `<think>`
+    text: str  # what was sampled after `<think>`, up to a stop string
     num_tokens: int  # sampled, end of sequence included
     max_tokens: int
     finished: bool  # False where max_tokens cut it off

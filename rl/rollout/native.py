@@ -16,6 +16,7 @@ from conf.schema import RLConfig
 from model import Transformer
 from model.generate import Ask, Generation, Sampling, generate
 from rl.messages import RolloutRequest, Sample, TokenColumns
+from rl.stop import StopStrings
 
 
 class NativeEngine:
@@ -33,6 +34,7 @@ class NativeEngine:
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
         self.sampling = sampling or sampling_of(rl)
+        self.stop = StopStrings(rl.stop, self._text)
         self.weight_version = 0
 
     def generate(
@@ -50,6 +52,7 @@ class NativeEngine:
                 self.tokenizer.eos_token_id,
                 self.attention,
                 done,
+                (lambda number, ids: self.stop.ended_by_last(ids)) if self.stop.strings else None,
             )
         return [self._sample(request, generation) for request, generation in zip(requests, drawn, strict=True)]
 
@@ -65,10 +68,14 @@ class NativeEngine:
             routed_experts=_one_more(drawn.experts),
             selected=_one_more(drawn.selected),
         )
-        said = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
-        text = self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+        by_eos = drawn.ids[-1] == self.tokenizer.eos_token_id
+        text = self.stop.cut(self._text(drawn.ids[:-1] if by_eos else drawn.ids))
         return Sample(request, tokens, text, drawn.finish_reason)
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 def sampling_of(rl: RLConfig) -> Sampling:

@@ -61,6 +61,7 @@ def test_every_kind_of_override_reaches_its_field() -> None:
         ("[words:2, sorting]", ("words:2", "sorting")),
         ("['words:2',\"sorting\"]", ("words:2", "sorting")),
         ("a'b", ("a'b",)),
+        (r"""["\n\n", "a,b", " x ", "it's", "\\n"]""", ("\n\n", "a,b", " x ", "it's", r"\n")),
         ("", ()),
         ("[]", ()),
         ("null", ()),

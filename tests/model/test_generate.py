@@ -153,12 +153,32 @@ def test_whoever_stops_samples_ends_them() -> None:
     net = tiny_net()
     free = run(net, temperature=0, eos_id=-1)
     pair = free[1].ids[3:5]
-    made = run(net, temperature=0, eos_id=-1, more={"stopped": lambda ids: ids[-2:] == pair})
+    made = run(net, temperature=0, eos_id=-1, more={"stopped": lambda number, ids: ids[-2:] == pair})
     for each, whole in zip(made, free, strict=True):
         ends = [n for n in range(2, 25) if whole.ids[n - 2 : n] == pair]
         assert each.ids == whole.ids[: ends[0]] if ends else each.ids == whole.ids
         assert each.finish_reason == ("stop" if ends else "length")
     assert made[1].finish_reason == "stop" and any(each.finish_reason == "length" for each in made)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4])
+def test_whoever_stops_samples_is_asked_once_a_token_with_what_was_drawn(max_batch: int) -> None:
+    """Also where places are filled again and the batch shrinks; not after eos, which ends a sample by itself."""
+    net, lengths, told = tiny_net(), [3, 24, 8, 15], []
+    asks = [Ask(prompt, seed, size) for seed, (prompt, size) in enumerate(zip(PROMPTS, lengths, strict=True))]
+
+    def stopped(number: int, ids: list[int]) -> bool:
+        told.append((number, list(ids)))
+        return number == 1 and len(ids) == 5
+
+    free = generate(net, asks, Sampling(), -1)
+    eos = free[3].ids[6]
+    made = generate(net, asks, Sampling(), eos, stopped=stopped, max_batch=max_batch)
+    whole = [each.ids[: each.ids.index(eos) + 1] if eos in each.ids else each.ids for each in free]
+    whole[1] = whole[1][:5]
+    assert [each.ids for each in made] == whole and made[1].finish_reason == "stop"
+    expected = [(i, ids[:n]) for i, ids in enumerate(whole) for n in range(1, len(ids) + 1) if ids[n - 1] != eos]
+    assert sorted(told) == sorted(expected)
 
 
 RECORD = frozenset({"experts", "selected"})
