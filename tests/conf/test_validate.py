@@ -184,7 +184,6 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ),
         ("rl.loss_mean=tokens", "rl.loss_mean=tokens is not known: did you mean token?"),
         ("rl.old_logprobs=train", "rl.old_logprobs=train is not known: did you mean trainer?"),
-<<<<<<< HEAD
         ("rl.domains={math:{beta:-1},code:{}}", "domain math: rl.beta=-1 is outside [0, inf): give a value inside"),
         (
             "rl.domains={math:{outcome:math_verfy}}",
@@ -230,14 +229,12 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.domains={a:{path:x,outcome:judge}}",
             "domain a: rl.outcome=judge has no judge to ask: give rl.judge_url=http://HOST:PORT/v1 and"
             " rl.judge_model=NAME",
-=======
-        ("rl.domain_beta={math:-1,code:0}", "rl.domain_beta.math=-1 is outside [0, inf): give a value inside"),
+        ),
         ('rl.stop=["a",""]', "rl.stop holds an empty string, which every text begins with: leave it out"),
         (
             'rl.stop=["k>"]',
             "rl.stop=k> is a part of </think>, so no sample would come to its answer: give a string that follows the"
             " answer",
->>>>>>> f4338e9 (Stop strings: rl.stop ends a sample where its text first holds one)
         ),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
@@ -274,15 +271,10 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.tasks=words:6,sorting,countdown:5,counting:9,arithmetic:18 rl.outcome=task",
         "data.tasks=countdown rl.path=x.jsonl",  # the text shows them, the prompts are others
         "rl.importance_cap=2 rl.old_logprobs=trainer",
-<<<<<<< HEAD
         "rl.domains={math:{beta:0}}",
         "rl.domains={}",
         "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
-=======
-        "rl.domain_beta={math:0}",
-        "rl.domain_beta={}",
         "rl.stop=</think>!,User:",
->>>>>>> f4338e9 (Stop strings: rl.stop ends a sample where its text first holds one)
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
