@@ -73,13 +73,13 @@ def engine(rl: RLConfig, **more: Any) -> NativeEngine:
 
 
 REQUESTS = [
-    RolloutRequest(i // 2, i % 2, "", "", "", ids, seed=i)
+    RolloutRequest(i // 2, i % 2, "", "", "", ids, seed=i, max_new_tokens=40)
     for i, ids in enumerate([(3, 5), (3, 5), (7, 8, 9), (7, 8, 9), tuple(range(30, 50)), (1,)])
 ]
 
 
 def test_a_sample_ends_at_the_string_whatever_shares_its_batch() -> None:
-    rl = RLConfig(max_new_tokens=40)
+    rl = RLConfig()
     free = engine(rl).generate(REQUESTS)
     strings = (free[0].text[5:7], free[2].text[9:12])
     stopping = engine(replace(rl, stop=strings))
@@ -105,7 +105,7 @@ def test_a_sample_ends_at_the_string_whatever_shares_its_batch() -> None:
 
 def test_a_stopped_sample_is_graded_as_one_that_ended_by_itself() -> None:
     """The reward sees neither the string nor what the last token brought behind it."""
-    rl = RLConfig(max_new_tokens=40)
+    rl = RLConfig()
     sample = make_sample([1], [2, 3], [-1.0, -1.0], text="thought</think> 42 ", answer="42")
     attempt = attempt_of(sample, rl)
     assert attempt.finished and exact_match(attempt) == well_formed(attempt) == 1.0
@@ -113,6 +113,6 @@ def test_a_stopped_sample_is_graded_as_one_that_ended_by_itself() -> None:
 
 
 def test_eos_before_the_string_ends_the_sample_as_ever() -> None:
-    rl = RLConfig(max_new_tokens=40, stop=("zzz",))
+    rl = RLConfig(stop=("zzz",))
     plain = engine(replace(rl, stop=()), sampling=Sampling(temperature=3.0)).generate(REQUESTS)
     assert engine(rl, sampling=Sampling(temperature=3.0)).generate(REQUESTS) == plain
