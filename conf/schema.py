@@ -198,6 +198,7 @@ class RLConfig:
     old_logprobs: str = "sampler"  # whose log-probs pi_old is: the sampler's | the trainer's, before the first step
     importance_cap: float | None = None  # C of the weight min(pi_old / pi_sampler, C); needs old_logprobs=trainer
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
+    kl_estimator: str = "unbiased"  # unbiased (eq. 7) | k3: without the ratio, as in DeepSeekMath and R1
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked

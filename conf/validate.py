@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
     "rl.loss_mean": ("sequence", "token"),
+    "rl.kl_estimator": ("unbiased", "k3"),
     "rl.old_logprobs": ("sampler", "trainer"),
 }
 

@@ -14,8 +14,8 @@ step. Then r and its clip see the trainer's steps alone, and how far the trainer
 truncated weight w: pi_theta / pi_sampler = r w while C does not bind.
 
 The ratio inside k stays differentiable and is always over pi_sampler, which drew the token: only then are both the
-value and the gradient those of KL(pi_theta || pi_ref); detached, the gradient is the forward KL's. M and w act on the
-surrogate alone.
+value and the gradient those of KL(pi_theta || pi_ref); detached, the gradient is the forward KL's. `kl_estimator` k3
+leaves the ratio out, as DeepSeekMath and R1 do. M and w act on the surrogate alone.
 
 Where the sampler's log-prob is missing (NaN), the token gives d_i nothing, as in TRL, and the sampler counts as pi_old,
 or where pi_old is the sampler's, as the current policy: a weight or a ratio of 1.
@@ -39,6 +39,7 @@ class LossSettings:
     off_policy_delta: float | None = None
     importance_cap: float | None = None
     loss_mean: str = "sequence"  # sequence | token
+    kl_estimator: str = "unbiased"  # unbiased | k3: without the ratio
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> P
     objective = torch.where(masked, torch.zeros_like(surrogate), surrogate)
     reference_kl = None
     if tokens.reference is not None:
-        kl = (logprobs - sampler).exp() * k3(tokens.reference[drawn] - logprobs)
+        kl = k3(tokens.reference[drawn] - logprobs)
+        if settings.kl_estimator == "unbiased":
+            kl = (logprobs - sampler).exp() * kl
         reference_kl = per_sequence(kl.detach())
         metrics["policy/kl_ref"] = reference_kl.sum() / totals.sequences
         objective = objective if tokens.beta is None else objective - tokens.beta[sequence] * kl

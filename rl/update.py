@@ -136,7 +136,9 @@ def run_mini_batch(
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
-    return LossSettings(rl.clip_low, rl.clip_high, rl.off_policy_delta, rl.importance_cap, rl.loss_mean)
+    return LossSettings(
+        rl.clip_low, rl.clip_high, rl.off_policy_delta, rl.importance_cap, rl.loss_mean, rl.kl_estimator
+    )
 
 
 def model_inputs(row: TrainingRow, rl: RLConfig, cp: ContextParallel) -> dict[str, Any]:

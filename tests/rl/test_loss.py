@@ -242,6 +242,18 @@ def test_each_domain_has_its_own_strength():
     assert gradient[0] == 0 and gradient[1].item() == pytest.approx(0.5 * (kl - (math.exp(-1) - 1)) / 2, rel=1e-12)
 
 
+def test_plain_k3_has_no_ratio_in_value_or_gradient():
+    """pi_theta = e^-1 drawn with e^-0.5, pi_ref = e^-2: k = exp(x) - x - 1 at x = -1 and dk/dlogpi = 1 - exp(x)."""
+    logprobs = torch.full((1,), -1.0, dtype=torch.float64, requires_grad=True)
+    sampler, reference = torch.full((1,), -0.5).double(), torch.full((1,), -2.0).double()
+    tokens = replace(one_token_sequences(logprobs, sampler, torch.zeros(1).double(), reference), beta=torch.ones(1))
+    for estimator, weight in (("k3", 1.0), ("unbiased", math.exp(-0.5))):
+        loss, *_ = grpo_loss(tokens, replace(OPEN, kl_estimator=estimator), Totals(1, 1))
+        assert loss.item() == pytest.approx(weight * math.exp(-1), rel=1e-12)
+        slope = 1 - math.exp(-1) if estimator == "k3" else weight * (math.exp(-1) + 1 - math.exp(-1))
+        assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(slope, rel=1e-12)
+
+
 def test_a_missing_log_prob_is_no_evidence_and_no_weight():
     """Sequence 0: the one token that is known drifted by 0.4 = 0.2 a token of two; on its own it would be 0.4."""
     behaviour = torch.tensor([-1.0, math.nan, -1.0], dtype=torch.float64)
