@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,19 @@ def _short(value: float) -> float | None:
 
 
 def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """Text of each sampled token, the end of sequence's is empty; null where they are not the text that was graded."""
+    """Text of each sampled token: none for the end of sequence and what a stop string cut off; null where they are not
+    the text that was graded."""
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     ids = list(compress(sample.tokens.ids, sample.tokens.loss_mask))
-    ended = sample.finish_reason == "stop"
+    ended = ids[-1:] == [tokenizer.eos_token_id]
     pieces = text_pieces(ids[:-1] if ended else ids, decode) + [""] * ended
-    return pieces if "".join(pieces) == sample.text else None
+    if not "".join(pieces).startswith(sample.text):
+        return None
+    ends = accumulate(map(len, pieces))
+    return [piece[: max(0, len(sample.text) - end + len(piece))] for piece, end in zip(pieces, ends, strict=True)]
 
 
 def _kept(sample: Sample) -> list[int | None] | None:

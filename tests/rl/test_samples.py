@@ -84,8 +84,15 @@ def test_what_was_not_trained_is_null():
     assert [row[name] for name in (*untold, "rubric")] == [None] * 8 and row["reward_terms"] == {}
     per_token = row["per_token"]
     assert [per_token[name] for name in ("logprobs", "ratios", "clipped", "kept")] == [None] * 4
-    assert per_token["text"] is None  # "stop" has no end of sequence here: the pieces are not the text
+    assert per_token["text"] == ["B", "C"]
     assert per_token["behaviour_logprobs"] == [-1.0, -2.0]
+
+
+def test_a_stop_string_takes_its_text_from_the_tokens_that_held_it():
+    sampled = list(b"ab</x>")
+    row = row_of(make_sample([65], sampled, [-1.0] * 6, "ab"))
+    assert row["per_token"]["text"] == ["a", "b", "", "", "", ""]
+    assert row_of(make_sample([65], sampled, [-1.0] * 6, "b"))["per_token"]["text"] is None  # not this text
 
 
 def group(prompt: int, size: int) -> list[Sample]:
