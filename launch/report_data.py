@@ -116,7 +116,8 @@ def _yaml(source: str) -> Any:
     return yaml.load(source, _NoAliases)  # a SafeLoader: plain values only
 
 
-def _json_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def json_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The objects among the lines."""
     found = []
     for line in lines:
         try:
@@ -135,11 +136,11 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as file:
         size = path.stat().st_size
         if size <= SAMPLES_HEAD + SAMPLES_TAIL:
-            rows = _json_lines(file)
+            rows = json_lines(file)
             return rows if len(rows) <= FIRST_SAMPLES + LAST_SAMPLES else rows[:FIRST_SAMPLES] + rows[-LAST_SAMPLES:]
-        head = _json_lines(file.read(SAMPLES_HEAD).splitlines())
+        head = json_lines(file.read(SAMPLES_HEAD).splitlines())
         file.seek(size - SAMPLES_TAIL)
-        return head[:FIRST_SAMPLES] + _json_lines(file.read().splitlines())[-LAST_SAMPLES:]
+        return head[:FIRST_SAMPLES] + json_lines(file.read().splitlines())[-LAST_SAMPLES:]
 
 
 def load_run(folder: Path, name: str) -> Run:

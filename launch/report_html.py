@@ -1,13 +1,17 @@
-"""HTML building blocks of the report. Every string from a run passes `text` on its way into the page.
+"""HTML building blocks of the pages. Every string from a run passes `text` on its way into the page.
 
 Model output and data are hostile: beside the five characters of HTML, controls, invisible and direction-changing
 characters are made visible, so that a sample cannot hide or reorder what a reader sees. The page carries a content
-policy that runs no script and loads nothing, should an escape ever be missed.
+policy that loads nothing and runs no script but, in the sample viewer, the one whose hash it names, should an escape
+ever be missed.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+DATA_ID = "data"
 LONGEST_TEXT = 6000  # characters of one field of a sample, or one value of a config
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # controls, bidi, zero width, surrogates, private use
 _SUSPECT = re.compile(r"[^\n\t\x20-\x7e\xa1-\xac\xae-\u02ff]")
@@ -25,7 +30,12 @@ def text(value: Any) -> str:
     string = str(value)
     if len(string) > LONGEST_TEXT:
         string = f"{string[:LONGEST_TEXT]} … ({len(string) - LONGEST_TEXT} more characters)"
-    return html.escape(_SUSPECT.sub(_visible, string), quote=True)
+    return html.escape(visible(string), quote=True)
+
+
+def visible(string: str) -> str:
+    """The string with hidden characters as `⟨U+202E⟩`; not yet safe in HTML."""
+    return _SUSPECT.sub(_visible, string)
 
 
 def _visible(match: re.Match[str]) -> str:
@@ -59,14 +69,31 @@ def section(anchor: str, title: str, lead: str, body: str) -> str:
     return f'<section><h2 id="{anchor}">{text(title)}</h2>{intro}{body}</section>'
 
 
-def document(title: str, body: str) -> str:
-    """The whole page around `body`; `title` may come from outside."""
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+def asset(name: str) -> str:
+    """A style sheet or a script of this folder."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def policy_for(script: str) -> str:
+    """The content policy of a page that may run this script and no other."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{POLICY}; script-src 'sha256-{digest}'"
+
+
+def json_block(data: Any) -> str:
+    """Data for a page's script. Nothing in it can end the block, begin a tag or a comment: `<` stands escaped."""
+    source = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{DATA_ID}">{source}</script>'
+
+
+def document(title: str, body: str, css: str = "", script: str = "") -> str:
+    """The whole page around `body`; `title` may come from outside, `css` and `script` are ours."""
+    policy = policy_for(script) if script else POLICY
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{text(title)} · Winnow</title>\n<style>\n{css}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{text(title)} · Winnow</title>\n<style>\n{asset('report.css')}{css}</style></head>\n"
+        f"<body><main>\n{body}\n</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )

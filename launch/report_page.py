@@ -157,8 +157,17 @@ def header(runs: list[Run], anchors: list[tuple[str, str]]) -> str:
     )
 
 
-def page(runs: list[Run], summary: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """The whole document as a string. `summary`: rows of an opening table, e.g. the demo's checkpoints."""
+def viewer_hint(runs: list[Run], viewer: str | None) -> str:
+    """Where all samples can be read: the page beside this one, or the command that writes it."""
+    if viewer is not None:
+        return f'<p class="notes"><a href="{text(viewer)}">All samples, token by token</a></p>'
+    folders = " ".join(str(run.folder) for run in runs if run.samples)
+    return f'<p class="notes">All of them, token by token: <code>python launch/samples.py {text(folders)}</code></p>'
+
+
+def page(runs: list[Run], summary: Mapping[str, Mapping[str, Any]] | None = None, viewer: str | None = None) -> str:
+    """The whole document as a string. `summary`: rows of an opening table, e.g. the demo's checkpoints; `viewer`: the
+    sample viewer's file, where there is one beside this page."""
     bodies = section_bodies(runs)
     chapters = [
         ("summary", "Summary", "Each checkpoint on held-out data.", summary_table(runs, summary) if summary else ""),
@@ -168,7 +177,9 @@ def page(runs: list[Run], summary: Mapping[str, Mapping[str, Any]] | None = None
     for prefix, title, lead in SECTIONS:
         chapters.append((prefix.rstrip("/") or "other", title, lead, bodies.get(prefix, "")))
     written = "Text as the model wrote it; hidden characters are made visible."
-    chapters.append(("samples", "Samples", written, samples_of(runs)))
+    shown_samples = samples_of(runs)
+    hint = viewer_hint(runs, viewer) if shown_samples else ""
+    chapters.append(("samples", "Samples", written, shown_samples and hint + shown_samples))
     chapters.append(("config", "Configuration", "", config_table(runs)))
     shown = [chapter for chapter in chapters if chapter[3]]
     parts = [header(runs, [(anchor, title) for anchor, title, _, _ in shown])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import http.client
 import json
 import math
@@ -16,42 +15,19 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from launch.report import main, parse, server, write_report
+from launch import samples_page
+from launch.page_command import parse, server
+from launch.report import main, write_report
 from launch.report_charts import Panel, Series, line_chart, linear_axis, smoothed
 from launch.report_data import load_run, run_names
 from launch.report_heat import Shade
-from launch.report_html import text
+from launch.report_html import POLICY, text
 from launch.report_names import metric, number, quantity, section_of
+from tests.launch.html_page import Page
 from tests.launch.runs import summary_row, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTACK = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)"
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, in order; text of titles and cells."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.unbalanced: list[str] = []
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.unbalanced.append(tag)
-
-    def count(self, tag: str, **attributes: str) -> int:
-        return sum(name == tag and attributes.items() <= found.items() for name, found in self.tags)
 
 
 def rendered(runs: list[Path], out: Path, **options: object) -> tuple[str, Page]:
@@ -222,6 +198,18 @@ def test_samples_of_a_large_file_are_its_first_and_last(tmp_path: Path) -> None:
     assert [sample["step"] for sample in load_run(run, "grpo").samples] == [0, 1, 1996, 1997, 1998, 1999]
 
 
+def test_the_report_tells_where_all_samples_can_be_read(tmp_path: Path) -> None:
+    """By the command, or by a link where that page is there; a list over tokens is nothing to print."""
+    run = write_run(tmp_path / "grpo", "grpo")
+    with open(run / "samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "text": "x", "per_token": {"text": ["one piece"]}}) + "\n")
+    source, page = rendered([run], tmp_path / "out")
+    assert f"python launch/samples.py {run}" in source and "one piece" not in source
+    (tmp_path / "out/samples.html").touch()
+    source, page = rendered([run], tmp_path / "out")
+    assert "launch/samples.py" not in source and page.count("a", href="samples.html") == 1
+
+
 def test_a_run_without_metrics_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "runs/base", steps=4)
     (tmp_path / "empty").mkdir()
@@ -250,14 +238,14 @@ def test_a_run_without_metrics_is_one_line_and_status_2(tmp_path: Path, capsys: 
 )
 def test_a_wrong_command_line_is_one_line(arguments: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as raised:
-        parse(arguments)
+        parse(arguments, "report")
     assert "\n" not in str(raised.value)
 
 
 def test_command_line(tmp_path: Path) -> None:
-    options = parse(["a", "--serve", "b", "out=c"])
+    options = parse(["a", "--serve", "b", "out=c"], "report")
     assert (options.runs, options.out, options.port) == ([Path("a"), Path("b")], Path("c"), 8000)
-    assert parse(["--serve", "9001", "a"]).port == 9001
+    assert parse(["--serve", "9001", "a"], "report").port == 9001
     run = write_run(tmp_path / "run", steps=8)
     ended = subprocess.run(
         [sys.executable, str(ROOT / "launch/report.py"), "run"], cwd=tmp_path, capture_output=True, text=True
@@ -271,21 +259,30 @@ def test_serves_the_report_folder_alone_and_only_to_this_machine(tmp_path: Path)
     folder = write_report([run], run / "report").parent
     (folder / "link").symlink_to(run / "metrics.jsonl")
     (folder / "inner").mkdir()
+    (folder / "samples.html").touch()
     with server(folder, 0) as serving:
         address, port = serving.server_address[:2]
         assert address == "127.0.0.1"
         threading.Thread(target=serving.serve_forever, daemon=True).start()
 
-        def status(path: str, host: str = f"127.0.0.1:{port}") -> int:
+        def answer(path: str, host: str) -> http.client.HTTPResponse:
             connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
             connection.putrequest("GET", path, skip_host=True)
             connection.putheader("Host", host)
             connection.endheaders()
-            return connection.getresponse().status
+            return connection.getresponse()
+
+        def status(path: str, host: str = f"127.0.0.1:{port}") -> int:
+            return answer(path, host).status
+
+        def policy(path: str) -> str | None:
+            return answer(path, "localhost").headers["Content-Security-Policy"]
 
         assert [status("/"), status("/index.html"), status("/", "localhost")] == [200, 200, 200]
         outside = ["/../metrics.jsonl", "/%2e%2e/metrics.jsonl", "/..%2fmetrics.jsonl", "/link", "/inner/", "/none"]
         assert [status(path) for path in outside] == [404] * len(outside)
+        assert policy("/index.html") == POLICY and "script-src" not in POLICY
+        assert policy("/samples.html") == samples_page.POLICY
         assert [status("/", host) for host in ("evil.example", f"evil.example:{port}", "")] == [403] * 3
         with pytest.raises(UserError, match=f"cannot serve on port {port}"):
             server(folder, int(port))
