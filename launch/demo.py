@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,66 +28,87 @@ from launch.report import write_report  # noqa: E402  (needs the path above when
 
 @dataclass(frozen=True)
 class Plan:
-    """Digits of an operand, steps of each stage, and what must come of them."""
+    """Domains with their tasks, steps of each stage, and what must come of them."""
 
-    digits: int
+    tasks: dict[str, str]
+    synthetic_share: float
     base: int
     adapt: int
     warmup: int
     grpo: int
+    prompts: int  # an iteration
     min_captured: float
     min_recall: float
     max_parity: float  # sparse loss over the dense control's, relative
-    min_gain: float  # accuracy that GRPO adds
+    min_gain: float  # accuracy that GRPO adds in every domain
 
 
 FULL = Plan(
-    digits=3,
-    base=1000,
+    tasks={"arithmetic": "arithmetic:2", "sorting": "sorting:1", "counting": "counting:2"},
+    synthetic_share=0.6,
+    base=2000,
     adapt=200,
     warmup=400,
     grpo=60,
+    prompts=24,
     min_captured=0.9,
     min_recall=0.97,
     max_parity=0.01,
     min_gain=0.3,
 )
 SHORT = Plan(
-    digits=2, base=450, adapt=60, warmup=150, grpo=25, min_captured=0.8, min_recall=0.95, max_parity=0.02, min_gain=0.05
+    tasks={"arithmetic": "arithmetic:2"},
+    synthetic_share=0.4,
+    base=450,
+    adapt=60,
+    warmup=150,
+    grpo=25,
+    prompts=16,
+    min_captured=0.8,
+    min_recall=0.95,
+    max_parity=0.02,
+    min_gain=0.05,
 )
 BATCH = "train.micro_batches=2"
 VOCABULARY = "model=tiny model.vocab_size=512 data.tokenizer=train:512"
+DOMAIN_ACCURACY = re.compile("domain/.+/accuracy")
 ROWS = ("base", "base_continued", "warmup", "adapted", "grpo")
 
 
 def data(plan: Plan) -> str:
-    """Half of the additions in the corpus show their working, half answer at once and are then mostly wrong: GRPO can
+    """Half of the problems in the corpus show their working, half answer at once and are then mostly wrong: GRPO can
     find out to reason first, and to reason without a slip."""
-    mix = f"data.synthetic_share=0.4 data.worked_share=0.5 data.operand_digits={plan.digits}"
-    return f"data.source=stdlib {mix} data.seq_len=512"
+    mix = f"data.synthetic_share={plan.synthetic_share} data.worked_share=0.5"
+    return f"data.source=stdlib {mix} data.tasks={','.join(plan.tasks.values())} data.seq_len=512"
+
+
+def domains(plan: Plan) -> str:
+    """One domain of mixed RL for each task."""
+    each = ", ".join(f"{name}: {{tasks: [{task}]}}" for name, task in plan.tasks.items())
+    return f"'rl.domains={{{each}}}' rl.outcome=task rl.max_new_tokens=48"
 
 
 def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     """(row name, arguments of launch/stage.py) in order. Adaptation and its control see the same tokens at the same
     rate."""
-    mix = data(plan)
+    mix, asked = data(plan), domains(plan)
     same = f"{mix} {BATCH} train.seed=1 train.steps={plan.adapt} optim.lr=1e-3"
     indexer = f"{mix} train.seed=2 train.steps={plan.warmup} optim.lr=1e-2"
-    policy = "optim.lr=2e-4 optim.schedule=cosine rl.group_size=16 rl.length_penalty=0 rl.max_new_tokens=48"
+    policy = (
+        f"rl.prompts_per_step={plan.prompts} rl.group_size=16 rl.length_penalty=0 optim.lr=2e-4 optim.schedule=cosine"
+    )
+    curve = f"train.steps={plan.grpo} rl.eval_every={max(1, plan.grpo // 6)} rl.eval_prompts=128"
     stages = [
         ("base", f"+stage=pretrain {VOCABULARY} {mix} {BATCH} train.steps={plan.base}"),
         ("base_continued", f"+stage=pretrain init_from={out}/base {same}"),
         ("warmup", f"+stage=dense_warmup init_from={out}/base {indexer}"),
         ("adapted", f"+stage=sparse_adapt init_from={out}/warmup {same}"),
-        (
-            "grpo",
-            f"+stage=grpo init_from={out}/adapted data.operand_digits={plan.digits} train.steps={plan.grpo} {policy}",
-        ),
+        ("grpo", f"+stage=grpo init_from={out}/adapted {asked} {policy} {curve}"),
     ]
     found = []
     for name, arguments in stages:
-        found.append((name, f"{arguments} output_dir={out}/{name}"))
-        found.append((f"{name}_eval", f"+stage=evaluate init_from={out}/{name} {mix} output_dir={out}/{name}_eval"))
+        measured = f"+stage=evaluate init_from={out}/{name} {mix} {asked} output_dir={out}/{name}_eval"
+        found += [(name, f"{arguments} output_dir={out}/{name}"), (f"{name}_eval", measured)]
     return found
 
 
@@ -129,10 +151,16 @@ def summarise(out: Path) -> dict[str, dict[str, float]]:
                 v for k, v in evaluation.items() if k.endswith("/recall_of_oracle") and "layer_" in k
             ),
             "reward/accuracy": evaluation["reward/accuracy"],
+            **{key: value for key, value in evaluation.items() if DOMAIN_ACCURACY.fullmatch(key)},
             "perf/tokens_per_s": training["perf/tokens_per_s"],
             "perf/peak_memory_bytes": training["perf/peak_memory_bytes"],
         }
     return rows
+
+
+def accuracy(row: dict[str, float], domain: str) -> float:
+    """A single domain is not told apart from the whole."""
+    return row.get(f"domain/{domain}/accuracy", row["reward/accuracy"])
 
 
 def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
@@ -141,7 +169,7 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
     recall = rows["warmup"]["indexer/recall_of_oracle_min"]
     moved = abs(rows["warmup"]["loss/lm_dense"] - rows["base"]["loss/lm_dense"])
     parity = rows["adapted"]["loss/lm_sparse"] / rows["base_continued"]["loss/lm_dense"] - 1
-    gain = rows["grpo"]["reward/accuracy"] - rows["adapted"]["reward/accuracy"]
+    gains = {name: accuracy(rows["grpo"], name) - accuracy(rows["adapted"], name) for name in plan.tasks}
     promises = [
         (moved == 0.0, f"warm-up leaves the dense loss as it was: moved by {moved:.2e}"),
         (captured >= plan.min_captured, f"warm-up captures the KL: {captured:.3f} (at least {plan.min_captured})"),
@@ -150,7 +178,10 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
             parity <= plan.max_parity,
             f"sparse loss over the dense control's: {parity:+.2%} (at most {plan.max_parity:.0%})",
         ),
-        (gain >= plan.min_gain, f"accuracy that GRPO adds: {gain:+.3f} (at least {plan.min_gain})"),
+        *(
+            (gain >= plan.min_gain, f"accuracy that GRPO adds, {name}: {gain:+.3f} (at least {plan.min_gain})")
+            for name, gain in gains.items()
+        ),
     ]
     for kept, line in promises:
         print(f"  {'kept  ' if kept else 'BROKEN'}  {line}")
@@ -159,7 +190,9 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The summary as aligned text."""
-    heads = ["", "LM dense", "LM sparse", "KL captured", "mass", "of oracle", "accuracy", "tokens/s", "peak MiB"]
+    by_domain = sorted({key for row in rows.values() for key in row if DOMAIN_ACCURACY.fullmatch(key)})
+    heads = ["", "LM dense", "LM sparse", "KL captured", "mass", "of oracle", "accuracy"]
+    heads += [key.split("/")[1] for key in by_domain] + ["tokens/s", "peak MiB"]
     keys = [
         "loss/lm_dense",
         "loss/lm_sparse",
@@ -167,6 +200,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "indexer/mass_recall",
         "indexer/recall_of_oracle",
         "reward/accuracy",
+        *by_domain,
     ]
     lines = [heads]
     for name, row in rows.items():

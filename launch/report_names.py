@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DOMAIN_KEY = re.compile(r"^(?P<group>domain|heldout)/(?P<domain>.+)/(?P<name>[^/]+)$")
 LAYER_KEY = re.compile(r"^(?P<group>.+)/layer_(?P<layer>\d+)/(?P<name>.+)$")
@@ -137,6 +137,10 @@ HEADLINES = (
 
 def metric(key: str) -> Metric:
     """The metric of a key, or one that only knows the key's name."""
+    match = DOMAIN_KEY.match(key)
+    if match is not None and match["name"] in METRICS:
+        known = METRICS[match["name"]]
+        return replace(known, label=f"{known.label}, {match['domain']}")
     return METRICS.get(key) or Metric(key)
 
 

@@ -96,7 +96,7 @@ def layer_figures(runs: list[Run], group: str, name: str) -> list[str]:
 
 def domain_figures(runs: list[Run], group: str, name: str) -> list[str]:
     """One chart a run, with a line for each of its domains."""
-    drawn, known = [], metric(name)
+    drawn, known = [], metric(name)  # the name alone: the lines say which domain
     for run in runs:
         keys = sorted(run.keys() - run.evaluation.keys())  # the table of evaluations has the others
         matches = [match for key in keys if (match := DOMAIN_KEY.match(key))]

@@ -52,7 +52,7 @@ def test_promises_kept_and_each_one_broken(capsys: pytest.CaptureFixture[str]) -
         ("warmup", "indexer/kl_captured", 0.89, "captures the KL: 0.890"),
         ("warmup", "indexer/recall_of_oracle_min", 0.96, "recall of the oracle in every layer: 0.960"),
         ("adapted", "loss/lm_sparse", 2.63, "+1.15%"),
-        ("grpo", "reward/accuracy", 0.69, "GRPO adds: +0.290"),
+        ("grpo", "domain/sorting/accuracy", 0.41, "GRPO adds, sorting: +0.010"),
     ]:
         broken = check(GOOD | {row: GOOD[row] | {key: value}}, FULL)
         assert len(broken) == 1 and words in broken[0]
