@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -76,14 +76,17 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
-def take(engine: Engine, state: TrainState) -> Taken:
+def take(engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> Taken:
     """This rank's part of a checkpoint as it stands now, copied to CPU memory.
 
     Until it is written it takes that memory a second time: 12 bytes for each value that the rank holds under AdamW.
+    `held`: what the rank's loop has beside the state, CPU tensors by name, that nobody changes any more.
     """
     state = copy.deepcopy(state)
     state.world_size, state.frozen, state.steps_taken = distributed.world_size(), engine.frozen, engine.steps_taken
-    states = {f"rng.{distributed.rank()}.{name}": value for name, value in rng.states().items()}
+    rank = distributed.rank()
+    states = {f"rng.{rank}.{name}": value for name, value in rng.states().items()}
+    states |= {f"held.{rank}.{name}": value for name, value in (held or {}).items()}
     return Taken(state, engine.state() | states)
 
 
@@ -188,6 +191,15 @@ def restore(engine: Engine, checkpoint: Path) -> TrainState:
         keys = [key for key in reader.whole if key.startswith(prefix)]
         rng.restore({key.removeprefix(prefix): reader.tensor(key) for key in keys})
     return state
+
+
+def read_held(checkpoint: Path) -> dict[str, Tensor]:
+    """What this rank gave to `take` beside the state, where as many ranks wrote the checkpoint.
+
+    `restore` has compared the files with their checksums."""
+    reader = shards.Reader(checkpoint, [shards.file_name(distributed.rank())])
+    prefix = f"held.{distributed.rank()}."
+    return {key.removeprefix(prefix): reader.tensor(key) for key in reader.whole if key.startswith(prefix)}
 
 
 def _point_latest(checkpoints: Path, name: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from conf.convert import load_yaml, save_yaml, to_dict
 from conf.errors import UserError
@@ -216,6 +217,11 @@ class RunContext:
         self.say(f"going on from {self.resumed}")
         return state
 
+    def held(self) -> dict[str, Tensor]:
+        """What this rank's loop gave to `save` beside the state that `restore` returned; a fresh run has nothing. As
+        many ranks must go on as wrote it (`checkpoint.refuse_other_world`)."""
+        return {} if self.resumed is None else checkpoint.read_held(self.resumed)
+
     @property
     def sequences(self) -> int:
         """Packed sequences that a step takes."""
@@ -272,14 +278,15 @@ class RunContext:
     def save_due(self, step: int) -> bool:
         return step % self.config.train.save_every == 0 or step >= self.config.train.steps
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Saves the step, under `train.async_save` while the next ones run; the last one is whole when it returns.
 
+        held: tensors of this rank's loop, which `held` gives back. They are not copied: nobody may change them.
         UserError on all ranks where this save, or the one before it, could not be written.
         """
         state.guard = self.guard.state()
         self.watchdog.rest()  # the save before may be in flight
-        self.saver.save(engine, state)
+        self.saver.save(engine, state, held)
         if state.step >= self.config.train.steps:
             self.settle()
         self.watchdog.beat(f"the save of step {state.step}")
@@ -293,9 +300,9 @@ class RunContext:
         self.watchdog.rest()
         self.saver.wait()
 
-    def preempt(self, engine: Engine, state: TrainState) -> None:
+    def preempt(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Saves, writes `preempted` and ends the process; all ranks call it after the same step."""
-        self.save(engine, state)
+        self.save(engine, state, held)
         self.settle()
         if self.is_main:
             (self.folder / "preempted").write_text(f"step {state.step}\n", encoding="utf-8")

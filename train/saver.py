@@ -15,7 +15,10 @@ them raise the reason after the same step, where they next wait for the save.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from train import checkpoint, distributed
 from train.checkpoint import Taken, TrainState
@@ -40,13 +43,13 @@ class Saver:
         """Whether the save in flight is known to have failed; the next `wait` raises why."""
         return self._fault is not None
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Writes `run/checkpoints/step_N`, once for each step; first waits for the save before and raises what `wait`
-        raises."""
+        raises. `held`: see `checkpoint.take`."""
         self.wait()
         if state.step == self._step:
             return
-        taken, self._step = checkpoint.take(engine, state), state.step
+        taken, self._step = checkpoint.take(engine, state, held), state.step
         if self.background:
             # a daemon: one that is stuck must not keep the process from ending
             self._thread = threading.Thread(target=self._write, args=(taken,), name="saver", daemon=True)

@@ -25,7 +25,7 @@ from conf.errors import UserError
 BLOCK = 1 << 24  # bytes written or read at once
 DTYPES = {  # of what is saved -> safetensors' name
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -49,6 +49,10 @@ class _Piece:
     key: str
 
 
+def file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 def key_of(name: str, start: int, kind: str) -> str:
     return f"{name}|{start}|{kind}"
 
@@ -59,7 +63,7 @@ def write(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> Written:
     Not by safetensors' `save`, which makes the whole file in memory first, nor by its `save_file`, which reports a full
     disk as an error of its own kind and leaves the checksum to a second reading.
     """
-    path = folder / f"rank_{rank:05d}.safetensors"
+    path = folder / file_name(rank)
     num_bytes = crc32 = 0
     with open(path, "wb") as file:
         for block in _blocks(tensors):
@@ -108,7 +112,7 @@ class Reader:
         from safetensors import safe_open
 
         self.pieces: dict[tuple[str, str], list[_Piece]] = {}
-        self.whole: dict[str, Path] = {}  # tensors that are no stretch: buffers, random states
+        self.whole: dict[str, Path] = {}  # tensors that are no stretch: buffers, random states, what a loop holds
         self._files: dict[Path, Any] = {}
         for name in names:
             file = self._files[folder / name] = safe_open(folder / name, framework="pt")

@@ -73,7 +73,7 @@ def cut_blocks(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MOMENTS = {  # moment -> (module, function, its replacement, steps of the whole checkpoints that the kill leaves)
-    "copying": (checkpoint, "take", lambda real: die(real, lambda _, state: state.step == 4 and is_last()), [2]),
+    "copying": (checkpoint, "take", lambda real: die(real, lambda _, state, held: state.step == 4 and is_last()), [2]),
     "before the folder": (shards, "write", lambda real: die(real, lambda at, *_: _is_4(at) and is_last()), [2]),
     "in the file": (shards, "_blocks", cut_blocks, [2]),
     "after the file": (shards, "write", lambda real: die(real, lambda at, *_: _is_4(at) and is_last(), False), [2]),
