@@ -184,6 +184,7 @@ class RLConfig:
     max_resample: int = 3  # rounds of further prompts in an iteration; what is still equal then stays
     mini_batches: int = 1  # optimiser steps an iteration
     max_new_tokens: int = 64
+    rollout_tokens: int | None = None  # that a sample may draw in an iteration; it goes on in the next. null: all
     stop: tuple[str, ...] = ()  # strings that end a sample; its text ends before them
     temperature: float = 1.0
     top_p: float = 1.0

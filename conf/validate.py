@@ -480,6 +480,12 @@ def warnings(config: RunConfig) -> list[str]:
         found.append(
             "rl.judge_url is given and nothing asks it: set rl.outcome=judge, rl.outcome=proof or rl.judge_weight"
         )
+    longest = max(view.max_new_tokens for view in rl.views)
+    if config.stage == "grpo" and rl.rollout_tokens is not None and rl.rollout_tokens >= longest:
+        found.append(
+            f"rl.rollout_tokens={rl.rollout_tokens} is not below rl.max_new_tokens={longest}: every sample finishes in"
+            " its iteration"
+        )
     optim, steps = config.optim, config.train.steps
     if config.stage != "evaluate" and optim.warmup_steps >= steps:
         found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")

@@ -14,7 +14,7 @@ from pathlib import Path
 from conf.convert import load_yaml
 from conf.errors import UserError
 from conf.schema import ModelConfig, RunConfig
-from rl.messages import Sample
+from rl.messages import Sample, Stretch
 from train.flops import Row, flops_per_token, row_flops, sampler_flops, trunk_weights
 from train.metrics import FILE_NAME, read_metrics
 from train.stages import STAGES, Stage
@@ -25,23 +25,20 @@ PARTS = ("rollout", "update", "reference", "reward")
 def iteration_flops(
     model: ModelConfig,
     stage: Stage,
-    samples: Sequence[Sample],
+    drawn: Sequence[Stretch],
     trained: Sequence[Sample],
     reference: bool,
     scored_before: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """One iteration on this rank: `samples` as they were drawn, `trained` those that an update saw; `reference`:
-    whether one scored them; `scored_before`: those whose log pi_old the trainer computed, part of the update. A group's
-    prompt is read once; a sample's last token does not run."""
+    """One iteration on this rank: `drawn` what was sampled in it, `trained` the samples that an update saw;
+    `reference`: whether one scored them; `scored_before`: those whose log pi_old the trainer computed, part of the
+    update. A group's prompt is read once, a sample that goes on reads all it has again; a last token does not run."""
     rollout = 0
-    for sample in samples:
-        tokens = sample.tokens
-        prompt = len(sample.request.prompt_ids)
-        if sample.request.sample_index == 0:
-            rollout += sum(sampler_flops(model, stage.attention, 0, prompt, 0).values())
-        rollout += sum(
-            sampler_flops(model, stage.attention, prompt, max(len(tokens) - 1, prompt), sample.num_sampled).values()
-        )
+    for part in drawn:
+        request, start, stop = part.sample.request, part.start, len(part.sample.tokens) - 1
+        if request.sample_index == 0 or start > len(request.prompt_ids):
+            rollout += sum(sampler_flops(model, stage.attention, 0, start, 0).values())
+        rollout += sum(sampler_flops(model, stage.attention, start, max(stop, start), part.num_tokens).values())
     rows = [Row((len(sample.tokens),), sample.num_sampled) for sample in trained]
     update = sum(sum(row_flops(model, stage, row, mtp=False).values()) for row in rows)
     scored, before = _forward(model, stage, trained), _forward(model, stage, scored_before)

@@ -29,12 +29,20 @@ from rl.prompts import PromptStream, asked, refuse_unknown_domains, train_prompt
 from rl.reference import Reference
 from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
-from rl.rollout import RolloutEngine
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
+from rl.rollouts import Rollouts
 from rl.samples import COLUMNS, TABLE, SamplesWriter, cells, places_shown, sample_rows
-from rl.summary import add_over_ranks, domain_kl, domain_names, of_all_ranks, off_policy_metrics, rollout_row
-from rl.update import mini_batch_of, run_mini_batch, trainer_logprobs
+from rl.summary import (
+    add_over_ranks,
+    domain_kl,
+    domain_names,
+    of_all_ranks,
+    off_policy_metrics,
+    rollout_row,
+    staleness_metrics,
+)
+from rl.update import mini_batches_of, run_mini_batch, trainer_logprobs
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.engine import Engine
@@ -71,6 +79,8 @@ def run(context: RunContext) -> None:
     stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     open_ledger(context, state)
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
+    rollouts = Rollouts(policy, stream, rl)
+    rollouts.buffer.load(context.held())
     heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
@@ -79,13 +89,15 @@ def run(context: RunContext) -> None:
             start = time.monotonic()
             if copy is not None and copy.step != state.step:
                 copy.refresh(engine, state.step)
-            experience, row = gather_experience(context, policy, pool, client, stream, state)
-            row |= improve(context, engine, experience, reference, state)
+            rollouts.start_iteration(state.step)
+            experience, row = gather_experience(context, rollouts, pool, client, state)
+            members = share_out(experience, rl)
+            row |= improve(context, engine, experience, members, reference, state)
             state.step += 1
             row["tokens"] = state.tokens
             seconds = time.monotonic() - start
             row["perf/tokens_per_s"] = row.pop("new_tokens") / seconds
-            row |= account(context, experience, state, seconds)
+            row |= account(context, rollouts, experience, members, state, seconds)
             if heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps):
                 if copy is not None:
                     copy.refresh(engine, state.step)
@@ -95,7 +107,7 @@ def run(context: RunContext) -> None:
                 show(context, writer, experience, state.step)
             context.watchdog.beat(f"iteration {state.step}")
             progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
-            finish_iteration(context, engine, reference, copy, state)
+            finish_iteration(context, engine, reference, copy, rollouts, state)
     context.export(engine)
     engine.close()
 
@@ -119,26 +131,17 @@ def open_prompts(context: RunContext) -> PromptStream:
 
 
 def gather_experience(
-    context: RunContext,
-    policy: RolloutEngine,
-    pool: RewardPool,
-    client: JudgeClient | None,
-    stream: PromptStream,
-    state: TrainState,
+    context: RunContext, rollouts: Rollouts, pool: RewardPool, client: JudgeClient | None, state: TrainState
 ) -> tuple[Experience, dict[str, float]]:
     """Sample -> reward -> advantage on this rank; the metrics are those of all ranks.
 
     With dynamic sampling groups of equal rewards are left out and further prompts rolled out in their places, in as
     many rounds as all ranks together need, up to `rl.max_resample`.
     """
-    rl, rank, world = context.config.rl, distributed.rank(), distributed.world_size()
-    policy.weight_version = state.step
-    experience, rollout_seconds, resampled = Experience([]), 0.0, 0
-    requests = stream.requests(rank, world)
+    rl, stream = context.config.rl, rollouts.stream
+    experience, resampled = Experience([]), 0
+    samples = rollouts.groups()
     for left in reversed(range(rl.max_resample + 1 if rl.dynamic_sampling else 1)):
-        start = time.monotonic()
-        samples = policy.generate(requests)
-        rollout_seconds += time.monotonic() - start
         found = judge(*grade(samples, pool, rl, client), rl)
         experience.add(found)
         if not left:
@@ -147,16 +150,18 @@ def gather_experience(
         if not equal:
             break
         experience.leave_out(equal)
-        requests = stream.replacements(equal, rank, world)
+        samples = rollouts.replacements(equal)
         resampled += len(equal)
     for reason, count in Counter(experience.failures).items():
         context.say(f"iteration {state.step + 1}: {count} grade(s) failed, their groups are left out: {reason}")
     asked_judge = {} if client is None else client.take_counts()
-    row, sums = rollout_row(experience, rl, rollout_seconds, asked_judge)
+    row, sums = rollout_row(experience, rl, rollouts.seconds, asked_judge)
     state.tokens += int(sums["tokens"])
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     if rl.dynamic_sampling:
         row["rollout/resampled_groups"] = resampled
+    if rl.rollout_tokens is not None:
+        row |= staleness_metrics(experience, len(rollouts.buffer.unfinished), state.step)
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 
 
@@ -170,31 +175,48 @@ def open_ledger(context: RunContext, state: TrainState) -> None:
         context.say(f"flops/rl_over_pretrain is not logged, {reason}: rl.pretrain_tokens=N would give it")
 
 
-def account(context: RunContext, experience: Experience, state: TrainState, seconds: float) -> dict[str, float]:
-    """The ledger with this iteration of all ranks, and the rate at which its FLOPs were done."""
+def account(
+    context: RunContext,
+    rollouts: Rollouts,
+    experience: Experience,
+    members: list[list[int]],
+    state: TrainState,
+    seconds: float,
+) -> dict[str, float]:
+    """The ledger with this iteration of all ranks, and the rates at which its FLOPs were done and its tokens drawn."""
     config, rl = context.config, context.config.rl
+    drawn, trained = rollouts.drawn, experience.trained
     scored: list[Sample] = []
     if rl.old_logprobs == "trainer":  # see `improve`
-        scored = [sample for sample in experience.trained if _mini_batch(sample, rl) > 0]
-    drawn, trained = experience.samples, experience.trained
+        scored = [trained[i] for inside in members[1:] for i in inside]
     spent = iteration_flops(config.model, context.stage, drawn, trained, rl.needs_reference, scored)
     spent = add_over_ranks(spent)
     state.extra["flops"] = add(state.extra.get("flops", {}), spent)
     found = ledger_metrics(state.extra["flops"], state.extra["pretrain_flops"])
+    tokens = add_over_ranks({"drawn": sum(part.num_tokens for part in drawn)})["drawn"]
+    found["rollout/tokens_per_s"] = tokens / max(distributed.max_over_ranks(rollouts.seconds), 1e-9)
     return found | {"perf/model_tflops": sum(spent.values()) / seconds / 1e12}
 
 
+def share_out(experience: Experience, rl: RLConfig) -> list[list[int]]:
+    """Numbers of this rank's trained samples by mini-batch. All ranks call it."""
+    trained = of_all_ranks(list({sample.request.prompt_index for sample in experience.trained}))
+    return mini_batches_of(experience.trained, trained, rl)
+
+
 def improve(
-    context: RunContext, engine: Engine, experience: Experience, reference: Reference | None, state: TrainState
+    context: RunContext,
+    engine: Engine,
+    experience: Experience,
+    members: list[list[int]],
+    reference: Reference | None,
+    state: TrainState,
 ) -> dict[str, float]:
     """The iteration's optimiser steps, one a mini-batch; means over them (`mismatch/*`: of the first, before any
-    step)."""
+    step). Where no group is finished there is none, which is no fault."""
     config, rl = context.config, context.config.rl
     values = rates(state.step, config.train.steps, config.optim)
     attention, cp = context.stage.attention, context.cp
-    members: list[list[int]] = [[] for _ in range(rl.mini_batches)]
-    for i, sample in enumerate(experience.trained):
-        members[_mini_batch(sample, rl)].append(i)
     old: list[list[Tensor] | None] = [None] * rl.mini_batches
     if rl.old_logprobs == "trainer":  # the first mini-batch has them from its own forward
         old[1:] = [trainer_logprobs(engine, experience, inside, rl, attention, cp) for inside in members[1:]]
@@ -202,8 +224,12 @@ def improve(
     rows: list[dict[str, float]] = []
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
+    idle = True
     for number in range(rl.mini_batches):
         update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number], shown)
+        if update is None and not add_over_ranks({"groups": experience.failed_groups})["groups"]:
+            continue  # fewer samples are finished than there are mini-batches
+        idle = False
         if update is None:
             reason: str | None = "no group whose grades are whole"
         else:
@@ -223,11 +249,12 @@ def improve(
     found |= off_policy_metrics(of_all_ranks(off_policy), rl.off_policy_delta)
     if reference is not None:
         found |= domain_kl(of_all_ranks(kl), domain_names(experience.samples, rl))
+    if idle:
+        state.extra["idle_iterations"] = state.extra.get("idle_iterations", 0) + 1
+        context.say(f"iteration {state.step + 1}: no optimiser step, every group is still unfinished")
+    if rl.rollout_tokens is not None:
+        found["rollout/idle_iterations"] = state.extra.get("idle_iterations", 0)
     return found | {"optim/lr": values["trunk"], "optim/skipped_steps": context.guard.skipped}
-
-
-def _mini_batch(sample: Sample, rl: RLConfig) -> int:
-    return mini_batch_of(sample, rl.prompts_per_step, rl.group_size, rl.mini_batches)
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -253,7 +280,12 @@ def show(context: RunContext, writer: SamplesWriter | None, experience: Experien
 
 
 def finish_iteration(
-    context: RunContext, engine: Engine, reference: Reference | None, copy: RolloutCopy | None, state: TrainState
+    context: RunContext,
+    engine: Engine,
+    reference: Reference | None,
+    copy: RolloutCopy | None,
+    rollouts: Rollouts,
+    state: TrainState,
 ) -> None:
     """Refreshes the reference, saves where it is due, and stops where any rank was asked to."""
     refresh = context.config.rl.reference_refresh
@@ -269,9 +301,9 @@ def finish_iteration(
         context.settle()  # no checkpoint comes or goes while their references are counted
         if reference is not None and context.is_main:
             reference.drop_unused(saved_references(context))
-        context.save(engine, state)
+        context.save(engine, state, rollouts.buffer.tensors())
     if stop and state.step < context.config.train.steps:
-        context.preempt(engine, state)
+        context.preempt(engine, state, rollouts.buffer.tensors())
 
 
 def saved_references(context: RunContext) -> list[int]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+CUT = "cut"  # finish reason of a sample that has drawn its tokens of an iteration and goes on in the next
+
 
 @dataclass(frozen=True)
 class RolloutRequest:
@@ -62,7 +64,7 @@ class Sample:
     request: RolloutRequest
     tokens: TokenColumns
     text: str  # what was sampled, without the end-of-sequence token or the stop string and what lies behind it
-    finish_reason: str  # stop (end of sequence or a stop string) | length
+    finish_reason: str  # stop (end of sequence or a stop string) | length | cut, which is never graded
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # raw, see rl/rewards/total.py
     outcome: float | None = None  # the part that says whether the answer is right
     reward: float | None = None  # made of the parts; None: not graded, or a grader failed
@@ -82,3 +84,15 @@ class Trace:
     clipped: list[bool]
     masked: bool  # eq. 8
     off_policy_kl: float  # d of eq. 9
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one call drew of a sample: its tokens from `start` on, up to which the weights then read it first."""
+
+    sample: Sample  # as it was after the call
+    start: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.sample.tokens) - self.start

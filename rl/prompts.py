@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -133,10 +133,11 @@ class PromptStream:
             f" rl.max_new_tokens={answer} in rl.pack_len={self.rl.pack_len}: raise rl.pack_len"
         )
 
-    def requests(self, rank: int, world: int) -> list[RolloutRequest]:
-        """This rank's samples of the next iteration: prompts rank, rank + world, ..., whole groups."""
+    def requests(self, rank: int, world: int, taken: Collection[int] = ()) -> list[RolloutRequest]:
+        """This rank's samples of the next iteration: prompts rank, rank + world, ..., whole groups; `taken` are the
+        places where all ranks' groups of earlier iterations go on."""
         self.iteration += 1
-        return self._deal(range(self.rl.prompts_per_step), rank, world)
+        return self._deal([place for place in range(self.rl.prompts_per_step) if place not in taken], rank, world)
 
     def replacements(self, left_out: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
         """This rank's samples of further prompts in the same iteration, one prompt for each `prompt_index` left out, by
@@ -144,11 +145,12 @@ class PromptStream:
         return self._deal([index + self.rl.prompts_per_step for index in left_out], rank, world)
 
     def _deal(self, indices: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
-        dealt = [self._next() for _ in indices]
+        dealt, places = [self._next() for _ in indices], self.rl.prompts_per_step
+        stays = self.rl.rollout_tokens is not None  # a group that may go on later belongs to the rank of its place
         return [
             request_of(prompt, ids, index, sample, sample_seed(self.seed, self.iteration - 1, index, sample), answer)
             for number, (index, (prompt, ids, answer)) in enumerate(zip(indices, dealt, strict=True))
-            if number % world == rank
+            if (index % places if stays else number) % world == rank
             for sample in range(self.rl.group_size)
         ]
 

@@ -67,9 +67,18 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
     }
 
 
+def staleness_metrics(experience: Experience, carried: int, version: int) -> dict[str, float]:
+    """How many samples go on later (`carried` of this rank's), and by how many iterations the weights that drew the
+    tokens trained on are older than `version`, in the mean; NaN over none. All ranks call it."""
+    pairs = (zip(s.tokens.loss_mask, s.tokens.weight_versions, strict=True) for s in experience.trained)
+    ages = [version - drawn_by for pair in pairs for sampled, drawn_by in pair if sampled]
+    sums = add_over_ranks({"carried": carried, "tokens": len(ages), "age": sum(ages)})
+    return {"rollout/carried": sums["carried"], "rollout/staleness_mean": sums["age"] / (sums["tokens"] or math.nan)}
+
+
 def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:
-    """Means over all ranks; rewards are NaN where no grade came, a part's mean is over the
-    samples that have it. `rollout_seconds`: of the slowest rank."""
+    """Means over all ranks; NaN over no samples and for rewards where no grade came, a part's mean is over the samples
+    that have it. `rollout_seconds`: of the slowest rank."""
     samples, graded, groups = sums["samples"], sums["graded"] or math.nan, sums["groups"]
     parts = {name.removeprefix("part/"): value for name, value in sums.items() if name.startswith("part/")}
     return {
@@ -78,10 +87,10 @@ def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dic
         **{name: value for name, value in sums.items() if name.startswith("judge/")},
         "reward/failed_grades": samples - sums["graded"],
         "reward/failed_groups": sums["failed_groups"],
-        "reward/zero_spread_frac": sums["zero_spread_groups"] / groups,
-        "rollout/length_mean": sums["sampled_tokens"] / samples,
+        "reward/zero_spread_frac": sums["zero_spread_groups"] / (groups or math.nan),
+        "rollout/length_mean": sums["sampled_tokens"] / (samples or math.nan),
         "rollout/missing_logprobs": sums["missing_logprobs"],
-        "rollout/truncated_frac": sums["truncated"] / samples,
+        "rollout/truncated_frac": sums["truncated"] / (samples or math.nan),
         "rollout/tokens_per_s": sums["sampled_tokens"] / max(rollout_seconds, 1e-9),
     }
 

@@ -42,10 +42,20 @@ class Update:
     traces: dict[int, Trace] = field(default_factory=dict)  # place in `Experience.trained` -> what was asked for
 
 
-def mini_batch_of(sample: Sample, prompts: int, group_size: int, mini_batches: int) -> int:
-    """Number of the mini-batch that the sample belongs to, by its place in the whole world's iteration."""
-    place = sample.request.prompt_index % prompts * group_size + sample.request.sample_index
-    return place * mini_batches // (prompts * group_size)
+def mini_batches_of(samples: Sequence[Sample], trained: Collection[int], rl: RLConfig) -> list[list[int]]:
+    """Numbers of this rank's samples by the mini-batch they belong to.
+
+    trained: `prompt_index` of the groups of all ranks. Their samples, in order of place, are shared out evenly;
+    where there are fewer than `rl.mini_batches`, the last ones have none.
+    """
+    order = sorted(trained, key=lambda index: index % rl.prompts_per_step)
+    start = {index: number * rl.group_size for number, index in enumerate(order)}
+    total = len(order) * rl.group_size
+    found: list[list[int]] = [[] for _ in range(rl.mini_batches)]
+    for i, sample in enumerate(samples):
+        place = start[sample.request.prompt_index] + sample.request.sample_index
+        found[place * min(rl.mini_batches, total) // total].append(i)
+    return found
 
 
 def aligned_rows(

@@ -15,6 +15,11 @@ class RolloutEngine(Protocol):
 
     weight_version: int  # iteration of the weights it samples from; stamped on every token
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Sample]:
-        """One ungraded sample a request, in their order."""
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, begun: Sequence[Sample] = (), limit: int | None = None
+    ) -> list[Sample]:
+        """One ungraded sample a request, in their order, then those of `begun`, which go on from where they were cut.
+
+        limit: tokens that a sample may draw in this call; one that is not finished then is returned as `CUT`.
+        """
         ...

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from conf.schema import RLConfig
 from model import Transformer
 from model.generate import Ask, Generation, Sampling, generate
-from rl.messages import RolloutRequest, Sample, TokenColumns
+from rl.messages import CUT, RolloutRequest, Sample, TokenColumns
 from rl.stop import StopStrings
 
 
@@ -38,39 +38,69 @@ class NativeEngine:
         self.weight_version = 0
 
     def generate(
-        self, requests: Sequence[RolloutRequest], done: Callable[[int], object] = lambda finished: None
+        self,
+        requests: Sequence[RolloutRequest],
+        done: Callable[[int], object] = lambda finished: None,
+        *,
+        begun: Sequence[Sample] = (),
+        limit: int | None = None,
     ) -> list[Sample]:
         """See `RolloutEngine`; `done` hears how many samples have finished since its last call."""
-        if not requests:
+        work: list[tuple[RolloutRequest, TokenColumns | None]] = [(request, None) for request in requests]
+        work += [(sample.request, sample.tokens) for sample in begun]
+        if not work:
             return []
+        asks = [self._ask(request, before, limit) for request, before in work]
         device = self.net.embed_tokens.weight.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             drawn = generate(
                 self.net,
-                [Ask(request.prompt_ids, request.seed, request.max_new_tokens) for request in requests],
+                asks,
                 self.sampling,
                 self.tokenizer.eos_token_id,
                 self.attention,
                 done,
-                (lambda number, ids: self.stop.ended_by_last(ids)) if self.stop.strings else None,
+                self._stopped(asks) if self.stop.strings else None,
             )
-        return [self._sample(request, generation) for request, generation in zip(requests, drawn, strict=True)]
+        return [self._sample(request, before, found) for (request, before), found in zip(work, drawn, strict=True)]
 
-    def _sample(self, request: RolloutRequest, drawn: Generation) -> Sample:
-        prompt, size = len(request.prompt_ids), len(request.prompt_ids) + len(drawn.ids)
+    def _ask(self, request: RolloutRequest, before: TokenColumns | None, limit: int | None) -> Ask:
+        ids = request.prompt_ids if before is None else before.ids
+        said = len(ids) - len(request.prompt_ids)
+        left = request.max_new_tokens - said
+        return Ask(ids, request.seed, left if limit is None else min(left, limit), drawn=said)
+
+    def _stopped(self, asks: Sequence[Ask]) -> Callable[[int, list[int]], bool]:
+        """Whether an ask's sample ends by a stop string, which may have begun before the sample was cut."""
+        answers = [[*ask.prompt[len(ask.prompt) - ask.drawn :]] for ask in asks]
+
+        def stopped(number: int, ids: list[int]) -> bool:
+            answers[number].append(ids[-1])
+            return self.stop.ended_by_last(answers[number])
+
+        return stopped
+
+    def _sample(self, request: RolloutRequest, before: TokenColumns | None, drawn: Generation) -> Sample:
+        """The sample with what was `drawn` behind what it had `before`, which stays as it was recorded then."""
+        now, prompt = self.weight_version, len(request.prompt_ids)
+        if before is None:
+            before = TokenColumns([*request.prompt_ids], [False] * prompt, [0.0] * prompt, [now] * prompt, [0] * prompt)
+        size = len(drawn.ids)
         tokens = TokenColumns(
-            ids=[*request.prompt_ids, *drawn.ids],
-            loss_mask=[False] * prompt + [True] * len(drawn.ids),
-            behaviour_logprobs=[0.0] * prompt + drawn.logprobs,
-            weight_versions=[self.weight_version] * size,
-            turns=[0] * size,
-            kept_sets=None if drawn.kept is None else [[]] * prompt + drawn.kept,
-            routed_experts=_one_more(drawn.experts),
-            selected=_one_more(drawn.selected),
+            ids=before.ids + drawn.ids,
+            loss_mask=before.loss_mask + [True] * size,
+            behaviour_logprobs=before.behaviour_logprobs + drawn.logprobs,
+            weight_versions=before.weight_versions + [now] * size,
+            turns=before.turns + [0] * size,
+            kept_sets=None if drawn.kept is None else (before.kept_sets or [[]] * len(before)) + drawn.kept,
+            routed_experts=_rows(before.routed_experts, drawn.experts),
+            selected=_rows(before.selected, drawn.selected),
         )
-        by_eos = drawn.ids[-1] == self.tokenizer.eos_token_id
-        text = self.stop.cut(self._text(drawn.ids[:-1] if by_eos else drawn.ids))
-        return Sample(request, tokens, text, drawn.finish_reason)
+        answer, reason = tokens.ids[prompt:], drawn.finish_reason
+        if reason == "length" and len(answer) < request.max_new_tokens:
+            reason = CUT
+        by_eos = answer[-1] == self.tokenizer.eos_token_id
+        return Sample(request, tokens, self.stop.cut(self._text(answer[:-1] if by_eos else answer)), reason)
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -84,6 +114,12 @@ def sampling_of(rl: RLConfig) -> Sampling:
     return Sampling(rl.temperature, rl.top_p, rl.top_k, frozenset(record))
 
 
-def _one_more(rows: Tensor | None) -> Tensor | None:
-    """A record with a row for the last token, which did not run."""
-    return None if rows is None else torch.cat([rows, torch.full_like(rows[:1], -1)])
+def _rows(before: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """A record of all tokens: `rows` of those that ran, one for the last, which did not, and in place of what ran again
+    after a cut what was recorded `before`."""
+    if rows is None:
+        return None
+    found = torch.cat([rows, torch.full_like(rows[:1], -1)])
+    if before is not None:
+        found[: len(before) - 1] = before[:-1]  # its last token runs now for the first time
+    return found

@@ -236,6 +236,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.stop=k> is a part of </think>, so no sample would come to its answer: give a string that follows the"
             " answer",
         ),
+        ("rl.rollout_tokens=0", "rl.rollout_tokens=0 is too small: give 1 or more"),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
     ],
@@ -275,6 +276,7 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.domains={}",
         "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
         "rl.stop=</think>!,User:",
+        "rl.rollout_tokens=1 rl.dynamic_sampling=true",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
@@ -410,6 +412,8 @@ def test_warnings_are_no_violations() -> None:
     unasked = ["+stage=grpo", "rl.judge_url=http://h/v1"]
     assert "nothing asks it" in warnings(load(unasked).config)[0]
     assert warnings(load([*unasked, "rl.judge_weight=1"]).config) == []
+    (line,) = warnings(load(["+stage=grpo", "rl.rollout_tokens=64"]).config)
+    assert line == "rl.rollout_tokens=64 is not below rl.max_new_tokens=64: every sample finishes in its iteration"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conf.schema import RLConfig, RunConfig
 from model.generate import Ask, Sampling, generate
 from model.ops.settings import OpSettings
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
-from rl.messages import Sample
+from rl.messages import Sample, Stretch
 from rl.packing import pack_samples
 from tests.model import tiny
 from tests.rl.samples import make_sample
@@ -34,13 +34,17 @@ def draw(net, prompts: list[tuple[int, ...]], group: int, new: int) -> list[Samp
     ]
 
 
+def new(samples: list[Sample]) -> list[Stretch]:
+    return [Stretch(sample, len(sample.request.prompt_ids)) for sample in samples]
+
+
 def test_an_iteration_equals_what_torch_counts_but_for_what_is_named() -> None:
     net = tiny.tiny_net(MODEL).requires_grad_(False)
     net.use(OpSettings(workspace=1))
-    prompts, group, new = [(1, 2, 3), (4, 5, 6)], 2, 8
+    prompts, group, size = [(1, 2, 3), (4, 5, 6)], 2, 8
     with FlopCounterMode(display=False) as counter:
-        samples = draw(net, prompts, group, new)
-    spent = iteration_flops(MODEL, GRPO, samples, samples[:2], reference=True)
+        samples = draw(net, prompts, group, size)
+    spent = iteration_flops(MODEL, GRPO, new(samples), samples[:2], reference=True)
     square = 2 * MODEL.num_hidden_layers * (9 - visible_pairs([3]))  # both prompts' masked halves
     a_pair = 2 * MODEL.num_attention_heads * (2 * MODEL.kv_lora_rank + MODEL.qk_rope_head_dim)
     assert counter.get_total_flops() == spent["rollout"] + square * a_pair
@@ -65,13 +69,13 @@ def test_an_iteration_equals_what_torch_counts_but_for_what_is_named() -> None:
 
 def test_parts_that_did_not_happen_cost_nothing() -> None:
     samples = [make_sample([1, 2], [3, 4], [0.0, 0.0], sample_index=n) for n in range(2)]
-    spent = iteration_flops(MODEL, GRPO, samples, [], reference=True)
+    spent = iteration_flops(MODEL, GRPO, new(samples), [], reference=True)
     assert spent["rollout"] > 0 and spent["update"] == spent["reference"] == spent["reward"] == 0
-    assert iteration_flops(MODEL, GRPO, samples, samples, reference=False)["reference"] == 0
-    twice = iteration_flops(MODEL, GRPO, samples * 2, samples * 2, reference=True)
-    once = iteration_flops(MODEL, GRPO, samples, samples, reference=True)
+    assert iteration_flops(MODEL, GRPO, new(samples), samples, reference=False)["reference"] == 0
+    twice = iteration_flops(MODEL, GRPO, new(samples * 2), samples * 2, reference=True)
+    once = iteration_flops(MODEL, GRPO, new(samples), samples, reference=True)
     assert twice == add(once, once)
-    before = iteration_flops(MODEL, GRPO, samples, samples, reference=True, scored_before=samples)
+    before = iteration_flops(MODEL, GRPO, new(samples), samples, reference=True, scored_before=samples)
     assert before == once | {"update": once["update"] + once["reference"]}  # log pi_old is one more forward
 
 

@@ -19,7 +19,7 @@ from rl.messages import RolloutRequest, Sample, Trace
 from rl.packing import empty_row, pack_samples
 from rl.reference import Reference
 from rl.rollout.native import NativeEngine
-from rl.update import mini_batch_of, model_inputs, policy_tokens, run_mini_batch, trainer_logprobs
+from rl.update import mini_batches_of, model_inputs, policy_tokens, run_mini_batch, trainer_logprobs
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train import distributed
@@ -156,10 +156,26 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
         for p in range(PROMPTS)
         for s in range(GROUP)
     ]
-    numbers = [mini_batch_of(sample, PROMPTS, GROUP, mini_batches) for sample in samples]
+    rl = replace(RL, prompts_per_step=PROMPTS, group_size=GROUP, mini_batches=mini_batches)
+    members = mini_batches_of(samples, range(PROMPTS), rl)
+    assert sum(members, []) == list(range(len(samples))) and all(members)
+    sizes = [len(inside) for inside in members]
+    assert max(sizes) - min(sizes) <= 1
     later = [replace(s, request=replace(s.request, prompt_index=s.request.prompt_index + PROMPTS)) for s in samples]
-    assert [mini_batch_of(sample, PROMPTS, GROUP, mini_batches) for sample in later] == numbers  # replacements
-    assert numbers == sorted(numbers) and set(numbers) == set(range(mini_batches))
+    assert mini_batches_of(later, range(PROMPTS, 2 * PROMPTS), rl) == members  # replacements
+
+
+def test_mini_batches_share_out_what_is_trained_whoever_has_it():
+    """Of places 0, 2 and 3, the last by a replacement; the first two are here."""
+    samples = [
+        Sample(RolloutRequest(p, s, "", "", "", (), 0), None, "", "stop")  # type: ignore[arg-type]
+        for p in (0, 6)
+        for s in range(2)
+    ]
+    rl = replace(RL, prompts_per_step=4, group_size=2, mini_batches=3)
+    assert mini_batches_of(samples, {6, 3, 0}, rl) == [[0, 1], [2, 3], []]
+    assert mini_batches_of(samples, {6, 0}, replace(rl, mini_batches=6)) == [[0], [1], [2], [3], [], []]
+    assert mini_batches_of([], {}, rl) == [[], [], []]
 
 
 def _gradient(
