@@ -31,10 +31,9 @@ class OtherSampler(NativeEngine):
     @torch.no_grad()
     def generate(self, requests: Sequence[RolloutRequest], *args: Any, **more: Any) -> list[Sample]:
         generator = torch.Generator().manual_seed(0)
-        for mine, theirs in zip(self.net.parameters(), self.policy.parameters(), strict=True):
-            mine.copy_(theirs * (1 + NOISE * torch.randn(theirs.shape, generator=generator)))
-        for mine, theirs in zip(self.net.buffers(), self.policy.buffers(), strict=True):
-            mine.copy_(theirs)
+        self.net.load_state_dict(self.policy.state_dict())
+        for weight in self.net.parameters():
+            weight.mul_(1 + NOISE * torch.randn(weight.shape, generator=generator))
         return super().generate(requests, *args, **more)
 
 

@@ -201,6 +201,7 @@ class RLConfig:
     beta: float = 0.0  # strength of the KL to the reference (DeepSeek-V3.2, eq. 7)
     kl_estimator: str = "unbiased"  # unbiased (eq. 7) | k3: without the ratio, as in DeepSeekMath and R1
     advantage_std: bool = False  # DeepSeek-V3.2 subtracts the mean only
+    reference_on_cpu: bool = False  # it lies in CPU memory but while it scores an iteration, before its first step
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
     outcome: str = "exact_match"  # exact_match | math_verify | task | judge (by the row's rubric) | proof

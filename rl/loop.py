@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from functools import partial
 
-from torch import Tensor
-
 from conf.schema import RLConfig
 from data.chat import encode_prompt
 from data.prompts import Prompt
@@ -42,7 +40,7 @@ from rl.summary import (
     rollout_row,
     staleness_metrics,
 )
-from rl.update import mini_batches_of, run_mini_batch, trainer_logprobs
+from rl.update import mini_batch, mini_batches_of, row_logprobs, run_mini_batch
 from train import checkpoint, distributed
 from train.checkpoint import TrainState
 from train.engine import Engine
@@ -70,7 +68,7 @@ def run(context: RunContext) -> None:
     if rl.needs_reference:
         if copy is not None:
             copy.refresh(engine, 0)  # what the run starts from, also where it goes on
-        reference = Reference(whole, context.folder, autocast)
+        reference = Reference(whole, context.folder, autocast, rl.reference_on_cpu)
     state = context.restore(engine)
     if copy is not None:
         copy.step = None
@@ -217,16 +215,21 @@ def improve(
     config, rl = context.config, context.config.rl
     values = rates(state.step, config.train.steps, config.optim)
     attention, cp = context.stage.attention, context.cp
-    old: list[list[Tensor] | None] = [None] * rl.mini_batches
+    batches = [mini_batch(experience, inside, rl, cp) for inside in members]
+    if reference is not None:
+        with reference.at_work(context.device) as forward:
+            for batch in batches:
+                batch.reference = row_logprobs(forward, batch.rows, rl, attention, cp)
     if rl.old_logprobs == "trainer":  # the first mini-batch has them from its own forward
-        old[1:] = [trainer_logprobs(engine, experience, inside, rl, attention, cp) for inside in members[1:]]
+        for batch in batches[1:]:
+            batch.old = row_logprobs(engine.forward, batch.rows, rl, attention, cp)
     shown = places_shown(experience) if context.is_main else ()
     rows: list[dict[str, float]] = []
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
     idle = True
-    for number in range(rl.mini_batches):
-        update = run_mini_batch(engine, experience, members[number], rl, reference, attention, cp, old[number], shown)
+    for number, batch in enumerate(batches):
+        update = run_mini_batch(engine, experience, batch, rl, attention, cp, shown)
         if update is None and not add_over_ranks({"groups": experience.failed_groups})["groups"]:
             continue  # fewer samples are finished than there are mini-batches
         idle = False

@@ -8,26 +8,29 @@ with the same bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import Transformer
+from model.transformer import ForwardOutput
 from train import distributed
 
 
 class Reference:
     """`step` is the iteration whose weights it holds; 0 the start of the run."""
 
-    def __init__(self, net: Transformer, run: Path, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, net: Transformer, run: Path, autocast: torch.dtype | None = None, on_cpu: bool = False) -> None:
         """`net` holds the weights that the run starts from; they are copied. `autocast`: as the policy's forward has
-        it."""
+        it. `on_cpu`: it lives in CPU memory while it has no work."""
         self.folder, self.step, self.autocast = run / "reference", 0, autocast
         self.net = copy.deepcopy(net).requires_grad_(False)
         self.net.mtp = nn.ModuleList()  # it has no part in the policy, and rollout copies have none
+        if on_cpu:
+            self.net.to("cpu")
 
     def restore(self, step: int) -> None:
         """Goes back to the reference of iteration `step`, as a checkpoint names it."""
@@ -41,15 +44,14 @@ class Reference:
     def _file(self, step: int) -> Path:
         return self.folder / f"step_{step}.safetensors"
 
-    @torch.no_grad()
-    def logprobs(self, inputs: dict[str, Any], attention: str) -> Tensor:
-        """log pi_ref of a row's labels [T]. `inputs` are the policy's, with what it repeats of the sampler: both are
-        distributions over the same words then, by the same experts."""
-        device = inputs["input_ids"].device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            found = self.net(**inputs, attention=attention, mtp=False).token_logprobs
-        assert found is not None
-        return found
+    @contextmanager
+    def at_work(self, device: torch.device) -> Iterator[Callable[..., ForwardOutput]]:
+        """Its forward, on the device that the policy is on; where it lives in CPU memory it goes back there."""
+        home = self.net.embed_tokens.weight.device
+        self.net.to(device)
+        with torch.no_grad(), torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            yield self.net
+        self.net.to(home)
 
     def refresh(self, net: Transformer, step: int) -> None:
         """Takes over the policy of `step`; rank 0 keeps it on disk. All ranks call it."""

@@ -7,7 +7,7 @@ short ones add empty rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from conf.schema import RLConfig
 from model.replay import Replay
+from model.transformer import ForwardOutput
 from rl.groups import Experience
 from rl.loss import LossSettings, PolicyLoss, PolicyTokens, Seen, Totals, grpo_loss, sequence_means
 from rl.messages import Sample, Trace
 from rl.packing import TrainingRow, empty_row, pack_samples
-from rl.reference import Reference
 from rl.summary import add_over_ranks
 from train import distributed
 from train.engine import Engine
@@ -69,51 +69,62 @@ def aligned_rows(
     return rows + [empty_row(length) for _ in range(most - len(rows))]
 
 
-def trainer_logprobs(
-    engine: Engine,
-    experience: Experience,
-    members: Sequence[int],
+@dataclass
+class MiniBatch:
+    """The samples `members` (numbers in `Experience.trained`) of this rank, packed. Of each row [T]: `reference` log
+    pi_ref of its labels, None without a reference; `old` log pi_old of the trainer, None where those of the
+    mini-batch's own forward are."""
+
+    members: Sequence[int]
+    rows: list[TrainingRow]
+    reference: list[Tensor] | None = None
+    old: list[Tensor] | None = None
+
+
+def mini_batch(experience: Experience, members: Sequence[int], rl: RLConfig, cp: ContextParallel) -> MiniBatch:
+    """All ranks make one with the members that they have."""
+    samples = [experience.trained[i] for i in members]
+    return MiniBatch(members, aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len, cp))
+
+
+@torch.no_grad()
+def row_logprobs(
+    forward: Callable[..., ForwardOutput],
+    rows: Sequence[TrainingRow],
     rl: RLConfig,
     attention: str,
     cp: ContextParallel,
 ) -> list[Tensor]:
-    """log pi [T] of each row that `run_mini_batch` will make of the same members, by the weights as they stand."""
+    """log pi [T] of each row's labels, by a model as it stands; by the words, experts and selections that training
+    repeats, so that all log-probs are of one distribution."""
     found = []
-    for row in _rows_of(experience, members, rl, cp):
+    for row in rows:
         inputs = model_inputs(row, rl, cp)
-        with torch.no_grad():
-            logprobs = engine.forward(**inputs, attention=attention, mtp=False).token_logprobs
-            assert logprobs is not None
-            found.append(inputs["context"].gather(logprobs))
+        logprobs = forward(**inputs, attention=attention, mtp=False).token_logprobs
+        assert logprobs is not None
+        found.append(inputs["context"].gather(logprobs))
     return found
-
-
-def _rows_of(experience: Experience, members: Sequence[int], rl: RLConfig, cp: ContextParallel) -> list[TrainingRow]:
-    samples = [experience.trained[i] for i in members]
-    return aligned_rows(samples, [experience.advantages[i] for i in members], rl.pack_len, cp)
 
 
 def run_mini_batch(
     engine: Engine,
     experience: Experience,
-    members: Sequence[int],
+    batch: MiniBatch,
     rl: RLConfig,
-    reference: Reference | None,
     attention: str,
     cp: ContextParallel,
-    old: Sequence[Tensor] | None = None,
     shown: Collection[int] = (),
 ) -> Update | None:
-    """Forward and backward of the samples `members` of the experience; None where no rank has any.
+    """Forward and backward of a mini-batch; None where no rank has a sample in it.
 
-    `old`: see `trainer_logprobs`; None at the first mini-batch, whose weights are still those. `shown`: the members to
-    trace; ranks may ask for different ones, and under context parallelism the first of a replica is told of its own.
+    `shown`: the members to trace; ranks may ask for different ones, and under context parallelism the first of a
+    replica is told of its own.
     """
+    members, rows = batch.members, batch.rows
     counts = {"sequences": len(members), "tokens": sum(experience.trained[i].num_sampled for i in members)}
     totals = Totals(**{name: int(value) for name, value in add_over_ranks(counts).items()})
     if totals.sequences == 0:
         return None
-    rows = _rows_of(experience, members, rl, cp)
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
@@ -123,8 +134,9 @@ def run_mini_batch(
         gather = inputs["context"].gather
         out = engine.forward(**inputs, attention=attention, mtp=False)
         assert out.token_logprobs is not None
-        ref = None if reference is None else gather(reference.logprobs(inputs, attention))
-        tokens = policy_tokens(row, gather(out.token_logprobs), rl, ref, None if old is None else old[number])
+        reference = None if batch.reference is None else batch.reference[number]
+        old = None if batch.old is None else batch.old[number]
+        tokens = policy_tokens(row, gather(out.token_logprobs), rl, reference, old)
         loss, metrics, seen = row_loss(tokens, rl, totals, cp)
         engine.backward(loss, last=number == len(rows) - 1)
         for name, agreed in out.replay.items():
@@ -171,7 +183,7 @@ def model_inputs(row: TrainingRow, rl: RLConfig, cp: ContextParallel) -> dict[st
 def policy_tokens(
     row: TrainingRow, logprobs: Tensor, rl: RLConfig, reference: Tensor | None, old: Tensor | None
 ) -> PolicyTokens:
-    """The columns of the loss for a row, of whose labels `logprobs` are the policy's. `old`: see `run_mini_batch`."""
+    """The columns of the loss for a row, of whose labels `logprobs` are the policy's. The others: see `MiniBatch`."""
     device = logprobs.device
     if rl.old_logprobs == "trainer" and old is None:
         old = logprobs.detach()

@@ -19,7 +19,7 @@ from rl.messages import RolloutRequest, Sample, Trace
 from rl.packing import empty_row, pack_samples
 from rl.reference import Reference
 from rl.rollout.native import NativeEngine
-from rl.update import mini_batches_of, model_inputs, policy_tokens, run_mini_batch, trainer_logprobs
+from rl.update import mini_batch, mini_batches_of, model_inputs, policy_tokens, row_logprobs, run_mini_batch
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train import distributed
@@ -168,7 +168,7 @@ def test_mini_batches_share_out_all_samples_in_order(mini_batches: int):
 def test_mini_batches_share_out_what_is_trained_whoever_has_it():
     """Of places 0, 2 and 3, the last by a replacement; the first two are here."""
     samples = [
-        Sample(RolloutRequest(p, s, "", "", "", (), 0), None, "", "stop")  # type: ignore[arg-type]
+        Sample(RolloutRequest(p, s, "", "", "", (), 0, 1), None, "", "stop")  # type: ignore[arg-type]
         for p in (0, 6)
         for s in range(2)
     ]
@@ -200,13 +200,17 @@ def _gradient(
     optimizer = torch.optim.SGD(parameter_groups(net, 0.0), lr=1.0)
     engine = Engine(net, optimizer, OptimConfig(lr=1.0, clip=0.0), parallel)
     members = range(len(found.trained))
-    old, head, cp = None, net.lm_head.weight, ContextParallel(parallel.cp)
+    head, cp = net.lm_head.weight, ContextParallel(parallel.cp)
+    batch = mini_batch(found, members, rl, cp)
+    if reference is not None:
+        with reference.at_work(torch.device("cpu")) as forward:
+            batch.reference = row_logprobs(forward, batch.rows, rl, "sparse", cp)
     if rl.old_logprobs == "trainer":
         now = head.detach().clone()
         head.data.mul_(0.97)
-        old = trainer_logprobs(engine, found, members, rl, "sparse", cp)
+        batch.old = row_logprobs(engine.forward, batch.rows, rl, "sparse", cp)
         head.data.copy_(now)
-    update = run_mini_batch(engine, found, members, rl, reference, "sparse", cp, old, members)
+    update = run_mini_batch(engine, found, batch, rl, "sparse", cp, members)
     assert update is not None
     engine.step({"trunk": 1.0, "indexer": 1.0})
     after = torch.cat([p.detach().flatten() for p in trained])
@@ -293,7 +297,8 @@ def test_the_strength_of_the_kl_is_that_of_the_samples_domain():
 def _nothing_to_train() -> bool:
     net = tiny.build()
     engine = Engine(net, SkippableAdamW(parameter_groups(net, 0.0)), OptimConfig(lr=1.0), ParallelConfig(zero=1))
-    return run_mini_batch(engine, Experience([]), [], RL, None, "sparse", ContextParallel(1)) is None
+    nothing, cp = Experience([]), ContextParallel(1)
+    return run_mini_batch(engine, nothing, mini_batch(nothing, [], RL, cp), RL, "sparse", cp) is None
 
 
 def test_a_mini_batch_without_any_group_is_passed_over():
