@@ -2,7 +2,9 @@
 
 import sys
 
-import bench.cost  # noqa: F401  (each registers itself)
+import bench.ablation  # noqa: F401  (each registers itself)
+import bench.cost  # noqa: F401
+import bench.domains  # noqa: F401
 import bench.fp8  # noqa: F401
 import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
@@ -10,6 +12,7 @@ import bench.memory  # noqa: F401
 import bench.oracle  # noqa: F401
 import bench.rollout  # noqa: F401
 import bench.save  # noqa: F401
+import bench.speciale  # noqa: F401
 from bench.registry import BENCHMARKS, run
 
 if __name__ == "__main__":

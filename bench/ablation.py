@@ -7,25 +7,23 @@ same prompts; a seed changes the samples.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.adapted import ROOT, adapted
+from bench.adapted import OUT, adapted, read_rows, stage
 from bench.registry import benchmark
+from launch.demo import FULL, domains
 
 NOISE = 0.03
 ITERATIONS, LAST, SEEDS = 30, 5, (1, 2, 3)
 POLICY = (
     "rl.outcome=task rl.prompts_per_step=12 rl.group_size=8 rl.mini_batches=8 rl.length_penalty=0 rl.top_p=0.9"
     " rl.beta=0.02 rl.off_policy_delta=0.02 optim.lr=3e-4 optim.schedule=constant optim.warmup_steps=2"
-    f" train.steps={ITERATIONS} rl.eval_every={ITERATIONS // 3} rl.eval_prompts=96 tracker=none train.save_every=1000"
+    f" train.steps={ITERATIONS} rl.eval_every={ITERATIONS // 3} rl.eval_prompts=96 train.save_every=1000"
 )
 CELLS = {
     "all on": "",
@@ -40,19 +38,10 @@ CELLS = {
     " rl.clip_low=1 rl.clip_high=1e6",
 }
 CONTROL = "one step an iteration, the trainer's own sampler"
-FIGURES = ("final", "best", "k3", "route_agree", "clip_frac", "kl_ref", "worst_norm", "entropy")
-
-
-def run(folder: Path, arguments: str, noise: float) -> Path:
-    """One GRPO run on one core."""
-    command = [sys.executable, "-m", "bench.other_sampler", str(noise), *arguments.split(), f"output_dir={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return folder
 
 
 def figures(folder: Path) -> dict[str, float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder)
     curve = [row["heldout/accuracy"] for row in rows if "heldout/accuracy" in row]
     last = rows[-LAST:]
     return {
@@ -69,19 +58,23 @@ def figures(folder: Path) -> dict[str, float]:
     }
 
 
+def run(name: str, seed: int, changes: str, noise: float) -> dict[str, Any]:
+    """One run on one core."""
+    folder = OUT / "ablation" / f"{name.replace(' ', '_')}_{seed}"
+    arguments = f"+stage=grpo init_from={OUT}/adapted {domains(FULL)} {POLICY} train.seed={seed} {changes}"
+    stage(f"{arguments} output_dir={folder}", program=("-m", "bench.other_sampler", str(noise)))
+    found = {"off": name, "seed": seed, **figures(folder)}
+    print(found, flush=True)
+    return found
+
+
 @benchmark
 def ablation() -> dict[str, Any]:
     """GRPO with each stabiliser off in turn under staleness, three seeds (under an hour on two cores)."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        base, tasks = adapted(Path(folder) / "base")
-        jobs = {}
-        for name, changes in (CELLS | {CONTROL: "rl.mini_batches=1"}).items():
-            for seed in SEEDS:
-                arguments = f"+stage=grpo init_from={base} {tasks} {POLICY} train.seed={seed} {changes}"
-                noise = 0.0 if name == CONTROL else NOISE
-                jobs[name, seed] = pool.submit(run, Path(folder) / f"{len(jobs)}", arguments, noise)
-        rows = []
-        for (name, seed), job in jobs.items():
-            rows.append({"off": name, "seed": seed, **figures(job.result())})
-            print(rows[-1], flush=True)
+    adapted()
+    shutil.rmtree(OUT / "ablation", ignore_errors=True)
+    cells = [(name, changes, NOISE) for name, changes in CELLS.items()] + [(CONTROL, "rl.mini_batches=1", 0.0)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(run, name, seed, changes, noise) for seed in SEEDS for name, changes, noise in cells]
+    rows = sorted((job.result() for job in jobs), key=lambda row: [name for name, *_ in cells].index(row["off"]))
     return {"config": {"policy": POLICY, "noise": NOISE, "cells": CELLS}, "rows": rows, "passed": True}
