@@ -360,6 +360,15 @@ def rl_rewards(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.language_weight={rl.language_weight:g} rewards no language: give rl.language=latin or another script"
 
 
+def rollouts_fit(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if config.stage == "grpo" and rl.one_step_off and rl.dynamic_sampling:
+        yield (
+            "rl.one_step_off=true draws an iteration's samples before rl.dynamic_sampling=true knows which groups to"
+            " replace: set one of them to false"
+        )
+
+
 def stop_strings(config: RunConfig, world_size: int) -> Iterator[str]:
     for string in config.rl.stop:
         if not string:
@@ -444,6 +453,7 @@ RULES: tuple[Rule, ...] = (
     rl_domains,
     rl_batch,
     rl_rewards,
+    rollouts_fit,
     stop_strings,
     judge_is_given,
     judge_url_is_safe,

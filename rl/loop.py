@@ -62,7 +62,8 @@ def run(context: RunContext) -> None:
     optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
     engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     cut = config.parallel.zero == 3 or config.parallel.ep > 1
-    copy = RolloutCopy(config.model, context.ops, context.device) if cut else None
+    apart = cut or rl.one_step_off
+    copy = RolloutCopy(config.model, context.ops, context.device) if apart else None
     whole = net if copy is None else copy.net  # the policy as one rank can run it by itself
     reference = None
     if rl.needs_reference:
@@ -74,23 +75,26 @@ def run(context: RunContext) -> None:
         copy.step = None
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
-    stream.go_to(state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     open_ledger(context, state)
     policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
     rollouts = Rollouts(policy, stream, rl)
-    rollouts.buffer.load(context.held())
+    rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
-    with pool, opened_judge as client, context.progress(state, "iteration") as progress:
+    with pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
         while state.step < config.train.steps:
             start = time.monotonic()
             if copy is not None and copy.step != state.step:
                 copy.refresh(engine, state.step)
             rollouts.start_iteration(state.step)
-            experience, row = gather_experience(context, rollouts, pool, client, state)
+            samples = rollouts.groups()
+            if rl.one_step_off and state.step + 1 < config.train.steps:
+                rollouts.begin_next()
+            experience, row = gather_experience(context, rollouts, samples, pool, client, state)
             members = share_out(experience, rl)
             row |= improve(context, engine, experience, members, reference, state)
+            rollouts.end_next()
             state.step += 1
             row["tokens"] = state.tokens
             seconds = time.monotonic() - start
@@ -129,16 +133,20 @@ def open_prompts(context: RunContext) -> PromptStream:
 
 
 def gather_experience(
-    context: RunContext, rollouts: Rollouts, pool: RewardPool, client: JudgeClient | None, state: TrainState
+    context: RunContext,
+    rollouts: Rollouts,
+    samples: list[Sample],
+    pool: RewardPool,
+    client: JudgeClient | None,
+    state: TrainState,
 ) -> tuple[Experience, dict[str, float]]:
-    """Sample -> reward -> advantage on this rank; the metrics are those of all ranks.
+    """Samples -> reward -> advantage on this rank; the metrics are those of all ranks.
 
     With dynamic sampling groups of equal rewards are left out and further prompts rolled out in their places, in as
     many rounds as all ranks together need, up to `rl.max_resample`.
     """
     rl, stream = context.config.rl, rollouts.stream
     experience, resampled = Experience([]), 0
-    samples = rollouts.groups()
     for left in reversed(range(rl.max_resample + 1 if rl.dynamic_sampling else 1)):
         found = judge(*grade(samples, pool, rl, client), rl)
         experience.add(found)
@@ -158,7 +166,7 @@ def gather_experience(
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     if rl.dynamic_sampling:
         row["rollout/resampled_groups"] = resampled
-    if rl.rollout_tokens is not None:
+    if rl.rollout_tokens is not None or rl.one_step_off:
         row |= staleness_metrics(experience, len(rollouts.buffer.unfinished), state.step)
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 
@@ -304,9 +312,9 @@ def finish_iteration(
         context.settle()  # no checkpoint comes or goes while their references are counted
         if reference is not None and context.is_main:
             reference.drop_unused(saved_references(context))
-        context.save(engine, state, rollouts.buffer.tensors())
+        context.save(engine, state, rollouts.tensors())
     if stop and state.step < context.config.train.steps:
-        context.preempt(engine, state, rollouts.buffer.tensors())
+        context.preempt(engine, state, rollouts.tensors())
 
 
 def saved_references(context: RunContext) -> list[int]:

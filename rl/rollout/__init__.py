@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rl.messages import RolloutRequest, Sample
@@ -16,10 +16,16 @@ class RolloutEngine(Protocol):
     weight_version: int  # iteration of the weights it samples from; stamped on every token
 
     def generate(
-        self, requests: Sequence[RolloutRequest], *, begun: Sequence[Sample] = (), limit: int | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        done: Callable[[int], object] = lambda finished: None,
+        *,
+        begun: Sequence[Sample] = (),
+        limit: int | None = None,
     ) -> list[Sample]:
         """One ungraded sample a request, in their order, then those of `begun`, which go on from where they were cut.
 
+        done: hears, as sampling goes on, how many have finished since its last call, and may end it by an exception.
         limit: tokens that a sample may draw in this call; one that is not finished then is returned as `CUT`.
         """
         ...

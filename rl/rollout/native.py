@@ -45,7 +45,7 @@ class NativeEngine:
         begun: Sequence[Sample] = (),
         limit: int | None = None,
     ) -> list[Sample]:
-        """See `RolloutEngine`; `done` hears how many samples have finished since its last call."""
+        """See `RolloutEngine`."""
         work: list[tuple[RolloutRequest, TokenColumns | None]] = [(request, None) for request in requests]
         work += [(sample.request, sample.tokens) for sample in begun]
         if not work:

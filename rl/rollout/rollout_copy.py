@@ -1,4 +1,5 @@
-"""The policy whole on this rank, for rollouts where ZeRO-3 or expert parallelism have cut the trainer's.
+"""The policy whole on this rank, for rollouts where ZeRO-3 or expert parallelism have cut the trainer's, and for those
+that run beside an update.
 
 Ranks decode different prompts of different lengths, so they cannot meet in a layer. Before every rollout the copy
 gathers the weights, tensor by tensor; it has no MTP module. A rank must hold the model once for it, in the parameters'

@@ -236,6 +236,11 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.stop=k> is a part of </think>, so no sample would come to its answer: give a string that follows the"
             " answer",
         ),
+        (
+            "rl.one_step_off=true rl.dynamic_sampling=true",
+            "rl.one_step_off=true draws an iteration's samples before rl.dynamic_sampling=true knows which groups to"
+            " replace: set one of them to false",
+        ),
         ("rl.rollout_tokens=0", "rl.rollout_tokens=0 is too small: give 1 or more"),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
@@ -277,6 +282,7 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
         "rl.stop=</think>!,User:",
         "rl.rollout_tokens=1 rl.dynamic_sampling=true",
+        "rl.rollout_tokens=1 rl.one_step_off=true",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
