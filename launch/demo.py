@@ -33,6 +33,7 @@ class Plan:
     tasks: dict[str, str]
     synthetic_share: float
     base: int
+    base_batch: int  # sequences of a rank
     adapt: int
     warmup: int
     grpo: int
@@ -44,9 +45,10 @@ class Plan:
 
 
 FULL = Plan(
-    tasks={"arithmetic": "arithmetic:2", "sorting": "sorting:1", "counting": "counting:2"},
-    synthetic_share=0.6,
-    base=2000,
+    tasks={"arithmetic": "arithmetic:2", "words": "words:2", "counting": "counting:2"},
+    synthetic_share=0.7,
+    base=2400,
+    base_batch=1,
     adapt=200,
     warmup=400,
     grpo=60,
@@ -60,6 +62,7 @@ SHORT = Plan(
     tasks={"arithmetic": "arithmetic:2"},
     synthetic_share=0.4,
     base=450,
+    base_batch=2,
     adapt=60,
     warmup=150,
     grpo=25,
@@ -99,7 +102,7 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     )
     curve = f"train.steps={plan.grpo} rl.eval_every={max(1, plan.grpo // 6)} rl.eval_prompts=128"
     stages = [
-        ("base", f"+stage=pretrain {VOCABULARY} {mix} {BATCH} train.steps={plan.base}"),
+        ("base", f"+stage=pretrain {VOCABULARY} {mix} train.micro_batches={plan.base_batch} train.steps={plan.base}"),
         ("base_continued", f"+stage=pretrain init_from={out}/base {same}"),
         ("warmup", f"+stage=dense_warmup init_from={out}/base {indexer}"),
         ("adapted", f"+stage=sparse_adapt init_from={out}/warmup {same}"),
