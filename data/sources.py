@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # folders of the library
 MESSAGES = "messages"
+TOKENIZER_PROBLEMS = 20_000  # in a tokenizer's corpus: enough beside 4 MB of text that their words become tokens
 
 
 @dataclass(frozen=True)
@@ -199,5 +200,7 @@ def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000)
             break
     if cfg.source == "synthetic" or cfg.synthetic_share > 0:
         worked = generated(cfg, "train", seed)
-        sample += [f"{problem.prompt}\n{problem.working}\n{problem.answer}" for problem in islice(worked, 2000)]
+        sample += [
+            f"{problem.prompt}\n{problem.working}\n{problem.answer}" for problem in islice(worked, TOKENIZER_PROBLEMS)
+        ]
     return sample

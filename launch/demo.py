@@ -45,9 +45,9 @@ class Plan:
 
 
 FULL = Plan(
-    tasks={"arithmetic": "arithmetic:2", "words": "words:2", "counting": "counting:2"},
+    tasks={"arithmetic": "arithmetic:2", "words": "words:2", "counting": "counting:3"},
     synthetic_share=0.7,
-    base=2400,
+    base=1800,
     base_batch=1,
     adapt=200,
     warmup=400,
@@ -56,7 +56,7 @@ FULL = Plan(
     min_captured=0.9,
     min_recall=0.97,
     max_parity=0.01,
-    min_gain=0.3,
+    min_gain=0.15,
 )
 SHORT = Plan(
     tasks={"arithmetic": "arithmetic:2"},

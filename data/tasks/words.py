@@ -3,8 +3,9 @@
     Ann has 12 pens. Ann gets 3 more. Ann loses 5. How many pens?       12+3=15,15-5=10       10
 
 Level n has n steps: adding and taking away from level 1, doubling and tripling from level 2. Nothing falls below 0 or
-rises above 99 (999 from level 4). The key is the chain of numbers and operations: other people, things and verbs are
-the same problem.
+rises above 20 (99 at level 3, 999 from level 4): a tiny model can learn the few sums up to 20, so that its working is
+mostly right while an answer at once is not. The key is the chain of numbers and operations: other people, things and
+verbs are the same problem.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def prompt_key(prompt: str) -> str | None:
 
 
 def _make(rng: random.Random, level: int) -> Problem | None:
-    start = total = rng.randint(2, 99)
-    most = 99 if level < 4 else 999
+    most = {1: 20, 2: 20, 3: 99}.get(level, 999)
+    start = total = rng.randint(2, min(most, 99))
     steps: list[Step] = []
     for _ in range(level):
         operation = rng.choice("+-" if level == 1 else "++--*")

@@ -18,7 +18,7 @@ from conf.errors import UserError
 from conf.schema import DataConfig
 from data import sources
 from data.rows import BadRows, find_files, read_rows
-from data.sources import documents, fingerprint, question_key, source_files, tokenizer_corpus
+from data.sources import TOKENIZER_PROBLEMS, documents, fingerprint, question_key, source_files, tokenizer_corpus
 from data.split import is_heldout
 
 ROWS = [json.dumps({"text": f"document {n} ☃"}).encode() for n in range(40)]
@@ -258,7 +258,7 @@ def test_tokenizer_corpus_is_training_text_only_and_bounded(tmp_path: Path) -> N
     assert short == tokenizer_corpus(cfg, max_chars=160) and 100 < sum(map(len, short)) < 180
     mixed = tokenizer_corpus(replace(cfg, synthetic_share=0.2))
     keys = {text.split("=", 1)[0] for text in mixed if "=?" in text}
-    assert len(mixed) == len(train) + 2000
+    assert len(mixed) == len(train) + TOKENIZER_PROBLEMS
     assert not any(is_heldout(question_key(f"{key}="), cfg.heldout) for key in islice(sorted(keys), 300))
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from conf.errors import UserError
 from conf.schema import TASK_LEVELS, DataConfig
 from data.prompts import prompts
-from data.sources import documents, question_key, tokenizer_corpus
+from data.sources import TOKENIZER_PROBLEMS, documents, question_key, tokenizer_corpus
 from data.split import is_heldout
 from data.tasks import TASKS, choose, heldout_problems, mixed_problems, task_key
 from data.tasks.countdown import evaluate, grade, make_problem, parse_prompt
@@ -288,7 +288,7 @@ def test_text_is_mixed_from_tasks_with_and_without_their_working() -> None:
     later = list(islice(documents(config, "train", seed=2, start=100), 50))
     assert [document.messages for document in later] == [document.messages for document in found[100:150]]
     corpus = tokenizer_corpus(config)
-    assert len(corpus) == 2000 and any(text.startswith("sort ") for text in corpus)
+    assert len(corpus) == TOKENIZER_PROBLEMS and any(text.startswith("sort ") for text in corpus)
 
 
 def test_an_impossible_split_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
