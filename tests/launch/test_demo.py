@@ -52,11 +52,17 @@ def test_promises_kept_and_each_one_broken(capsys: pytest.CaptureFixture[str]) -
         ("warmup", "indexer/kl_captured", 0.89, "captures the KL: 0.890"),
         ("warmup", "indexer/recall_of_oracle_min", 0.96, "recall of the oracle in every layer: 0.960"),
         ("adapted", "loss/lm_sparse", 2.63, "+1.15%"),
-        ("grpo", "domain/sorting/accuracy", 0.41, "GRPO adds, sorting: +0.010"),
+        ("grpo", "domain/words/accuracy", 0.41, "GRPO adds, words: +0.010"),
     ]:
         broken = check(GOOD | {row: GOOD[row] | {key: value}}, FULL)
         assert len(broken) == 1 and words in broken[0]
         assert f"BROKEN  {broken[0]}" in capsys.readouterr().out
+
+
+def test_every_domain_has_a_column() -> None:
+    rows = {name: row | {"domain/words/accuracy": 0.25, "domain/words/reward": 1.0} for name, row in GOOD.items()}
+    lines = [line.split() for line in table(rows).split("\n")]
+    assert "accuracy words tokens/s" in " ".join(lines[0]) and all(line[7] == "0.250" for line in lines[1:])
 
 
 def test_the_table_has_a_line_a_row_and_aligned_columns() -> None:
