@@ -185,6 +185,7 @@ class RLConfig:
     mini_batches: int = 1  # optimiser steps an iteration
     max_new_tokens: int = 64
     rollout_tokens: int | None = None  # that a sample may draw in an iteration; it goes on in the next. null: all
+    rollout_copy: bool = True  # where ZeRO-3 or ep cut the weights; false: ranks decode on them in lock-step
     one_step_off: bool = False  # an iteration's samples are drawn beside the update before it, by the weights before it
     stop: tuple[str, ...] = ()  # strings that end a sample; its text ends before them
     temperature: float = 1.0

@@ -367,6 +367,25 @@ def rollouts_fit(config: RunConfig, world_size: int) -> Iterator[str]:
             "rl.one_step_off=true draws an iteration's samples before rl.dynamic_sampling=true knows which groups to"
             " replace: set one of them to false"
         )
+    if config.stage != "grpo" or rl.rollout_copy:
+        return
+    if rl.one_step_off:
+        yield "rl.one_step_off=true draws from a copy of the weights: give rl.rollout_copy=true"
+    if config.parallel.zero < 3 and config.parallel.ep == 1:
+        return
+    if rl.needs_reference:
+        yield (
+            "rl.rollout_copy=false spares no rank a whole model, for the KL keeps its reference whole: give"
+            " rl.rollout_copy=true, or rl.beta=0 in all domains"
+        )
+    if rl.eval_every:
+        every = f"rl.eval_every={rl.eval_every}"
+        yield f"{every} measures a copy of the weights: give rl.rollout_copy=true or rl.eval_every=0"
+    if config.parallel.offload_parameters:
+        yield (
+            "rl.rollout_copy=false would move every parameter from the CPU for every token with"
+            " parallel.offload_parameters=true: set one of them the other way"
+        )
 
 
 def stop_strings(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -149,8 +149,9 @@ class Decoder:
         capacity: int,
         attention: str = "sparse",
         record: frozenset[str] = frozenset(),
+        turn: Callable[[str], object] = lambda kind: None,
     ) -> None:
-        config = net.config
+        config, self.turn = net.config, turn
         self.net, self.attention, self.records = net, attention, _Records()
         like = net.embed_tokens.weight
         width = config.kv_lora_rank + config.qk_rope_head_dim
@@ -171,6 +172,7 @@ class Decoder:
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Extends the cache by ids [B, n] at positions [B, n]; returns normed hidden states [B, n, D]."""
+        self.turn("hidden")
         config, experts = self.net.config, []
         selected: list[Tensor] | None = None if self.records.selected is None else []
         table = rope_table(config.rope, config.qk_rope_head_dim, positions)
@@ -269,10 +271,12 @@ def generate(
     done: Callable[[int], object] = lambda finished: None,
     stopped: Callable[[int, list[int]], bool] | None = None,
     max_batch: int = MAX_BATCH,
+    turn: Callable[[str], object] = lambda kind: None,
 ) -> list[Generation]:
     """One continuation an ask, in their order. `done` hears, as decoding goes on, how many samples have finished since
     it was last called; `stopped` says of the ids drawn for an ask (its number) whether they end it (stop strings),
-    beside eos; it is asked after every other token, and must not change the list.
+    beside eos; it is asked after every other token, and must not change the list. `turn` is called before every
+    forward, with its kind: `hidden` (the layers) or `head`.
 
     Raises ValueError for an empty prompt, and where a prompt and its answer would not fit max_position_embeddings.
     """
@@ -286,7 +290,7 @@ def generate(
                 f"prompt {i} of {len(ask.prompt)} tokens plus max_new_tokens={ask.max_new_tokens} exceeds "
                 f"max_position_embeddings={limit}: shorten the prompt or lower max_new_tokens"
             )
-    return _Batch(net, asks, sampling, eos_id, attention, stopped, max_batch).run(done) if asks else []
+    return _Batch(net, asks, sampling, eos_id, attention, stopped, max_batch, turn).run(done) if asks else []
 
 
 class _Batch:
@@ -305,16 +309,17 @@ class _Batch:
         attention: str,
         stopped: Callable[[int, list[int]], bool] | None,
         max_batch: int,
+        turn: Callable[[str], object],
     ) -> None:
         self.net, self.asks, self.sampling, self.eos_id = net, asks, sampling, eos_id
-        self.attention, self.stopped = attention, stopped
+        self.attention, self.stopped, self.turn = attention, stopped, turn
         self.device = net.embed_tokens.weight.device
         # like prompts together: they are read once, and prefill pads to the longest
         self.waiting = deque(sorted(range(len(asks)), key=lambda i: (len(asks[i].prompt), tuple(asks[i].prompt))))
         self.read: dict[tuple[int, ...], tuple[Decoder, int, Tensor]] = {}  # prompts that samples still wait for
         places, longest = min(max_batch, len(asks)), max(ask.max_new_tokens for ask in asks)
         capacity = max(len(ask.prompt) + ask.max_new_tokens for ask in asks)
-        self.decoder = Decoder(net, places, capacity, attention, sampling.record)
+        self.decoder = Decoder(net, places, capacity, attention, sampling.record, turn)
         self.asked = [-1] * places
         self.kept: list[list[list[int]]] = [[] for _ in range(places)]
         self.said: list[list[int]] = [[] for _ in range(places)]
@@ -363,9 +368,8 @@ class _Batch:
         """Prefills each of them once."""
         if prompts:
             each = sorted(prompts)
-            decoder = Decoder(
-                self.net, len(each), max(len(prompt) for prompt in each), self.attention, self.sampling.record
-            )
+            longest = max(len(prompt) for prompt in each)
+            decoder = Decoder(self.net, len(each), longest, self.attention, self.sampling.record, self.turn)
             last = decoder.prefill(each)
             self.read |= {prompt: (decoder, index, last[index]) for index, prompt in enumerate(each)}
 
@@ -374,6 +378,7 @@ class _Batch:
         assert self.last is not None
         places = torch.arange(len(self.asked), device=self.device)
         at = self.step.clamp(max=self.ids.shape[1] - 1)
+        self.turn("head")
         token, logp, kept = sample(self.net.lm_head(self.last), self.uniform[places, at], self.sampling)
         live = self.running.nonzero().squeeze(1)
         self.ids[live, at[live]], self.logps[live, at[live]] = token[live], logp[live].float()

@@ -27,6 +27,7 @@ from rl.prompts import PromptStream, asked, refuse_unknown_domains, train_prompt
 from rl.reference import Reference
 from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
+from rl.rollout.lock_step import LockStep
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
 from rl.rollouts import Rollouts
@@ -62,9 +63,9 @@ def run(context: RunContext) -> None:
     optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
     engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     cut = config.parallel.zero == 3 or config.parallel.ep > 1
-    apart = cut or rl.one_step_off
+    apart = rl.one_step_off or (cut and rl.rollout_copy)
     copy = RolloutCopy(config.model, context.ops, context.device) if apart else None
-    whole = net if copy is None else copy.net  # the policy as one rank can run it by itself
+    whole = net if copy is None else copy.net  # the policy as one rank can run it by itself, but for lock-step
     reference = None
     if rl.needs_reference:
         if copy is not None:
@@ -76,7 +77,9 @@ def run(context: RunContext) -> None:
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     open_ledger(context, state)
-    policy = NativeEngine(whole, context.tokenizer(), rl, context.stage.attention, autocast)
+    attention = context.stage.attention
+    lock_step = LockStep(net, attention) if cut and copy is None else None
+    policy = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)
     rollouts = Rollouts(policy, stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
@@ -103,7 +106,7 @@ def run(context: RunContext) -> None:
             if heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps):
                 if copy is not None:
                     copy.refresh(engine, state.step)
-                row |= heldout.curve(whole, context.stage.attention, autocast, pool, client)
+                row |= heldout.curve(whole, attention, autocast, pool, client)
             if context.logs(state.step):
                 context.log(state.step, row)
                 show(context, writer, experience, state.step)

@@ -16,12 +16,13 @@ from conf.schema import RLConfig
 from model import Transformer
 from model.generate import Ask, Generation, Sampling, generate
 from rl.messages import CUT, RolloutRequest, Sample, TokenColumns
+from rl.rollout.lock_step import LockStep
 from rl.stop import StopStrings
 
 
 class NativeEngine:
     """See `RolloutEngine`. `autocast`: dtype of the matrix products, the trainer's; None is fp32. `sampling`: the
-    configuration's where it is not given."""
+    configuration's where it is not given. `lock_step`: where the net's weights are cut."""
 
     def __init__(
         self,
@@ -31,10 +32,12 @@ class NativeEngine:
         attention: str = "sparse",
         autocast: torch.dtype | None = None,
         sampling: Sampling | None = None,
+        lock_step: LockStep | None = None,
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
         self.sampling = sampling or sampling_of(rl)
         self.stop = StopStrings(rl.stop, self._text)
+        self.lock_step = lock_step
         self.weight_version = 0
 
     def generate(
@@ -48,11 +51,12 @@ class NativeEngine:
         """See `RolloutEngine`."""
         work: list[tuple[RolloutRequest, TokenColumns | None]] = [(request, None) for request in requests]
         work += [(sample.request, sample.tokens) for sample in begun]
-        if not work:
+        if not work and self.lock_step is None:
             return []
         asks = [self._ask(request, before, limit) for request, before in work]
         device = self.net.embed_tokens.weight.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+        kept = self.lock_step is None  # autocast's casts of the weights, which come to a whole copy
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=kept):
             drawn = generate(
                 self.net,
                 asks,
@@ -61,7 +65,10 @@ class NativeEngine:
                 self.attention,
                 done,
                 self._stopped(asks) if self.stop.strings else None,
+                turn=(lambda kind: None) if self.lock_step is None else self.lock_step.turn,
             )
+            if self.lock_step is not None:
+                self.lock_step.finish()
         return [self._sample(request, before, found) for (request, before), found in zip(work, drawn, strict=True)]
 
     def _ask(self, request: RolloutRequest, before: TokenColumns | None, limit: int | None) -> Ask:

@@ -241,6 +241,24 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.one_step_off=true draws an iteration's samples before rl.dynamic_sampling=true knows which groups to"
             " replace: set one of them to false",
         ),
+        (
+            "rl.one_step_off=true rl.rollout_copy=false",
+            "rl.one_step_off=true draws from a copy of the weights: give rl.rollout_copy=true",
+        ),
+        (
+            "rl.rollout_copy=false parallel.zero=3 rl.beta=0.1",
+            "rl.rollout_copy=false spares no rank a whole model, for the KL keeps its reference whole: give"
+            " rl.rollout_copy=true, or rl.beta=0 in all domains",
+        ),
+        (
+            "rl.rollout_copy=false parallel.zero=3 rl.eval_every=5",
+            "rl.eval_every=5 measures a copy of the weights: give rl.rollout_copy=true or rl.eval_every=0",
+        ),
+        (
+            "rl.rollout_copy=false parallel.zero=3 parallel.offload=cpu parallel.offload_parameters=true",
+            "rl.rollout_copy=false would move every parameter from the CPU for every token with"
+            " parallel.offload_parameters=true: set one of them the other way",
+        ),
         ("rl.rollout_tokens=0", "rl.rollout_tokens=0 is too small: give 1 or more"),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
@@ -283,6 +301,8 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.stop=</think>!,User:",
         "rl.rollout_tokens=1 rl.dynamic_sampling=true",
         "rl.rollout_tokens=1 rl.one_step_off=true",
+        "rl.rollout_copy=false rl.beta=0.1",
+        "rl.rollout_copy=false parallel.zero=3",
     ],
 )
 def test_the_border_is_allowed(argv: str) -> None:
