@@ -16,7 +16,6 @@ from typing import Any
 
 from bench.adapted import OUT, ROOT, adapted, read_rows, stage
 from bench.registry import benchmark
-from launch.demo import FULL, domains
 
 NOISE = 0.1
 ITERATIONS, LAST, SEEDS = 24, 5, (1, 2, 3)
@@ -91,11 +90,11 @@ def write_table(rows: list[dict[str, Any]], path: Path = ROOT / "docs" / "grpo.m
     path.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
 
 
-def run(name: str, seed: int, changes: str, noise: float) -> dict[str, Any]:
-    """One run on one core."""
+def run(grpo: str, name: str, seed: int, changes: str, noise: float) -> dict[str, Any]:
+    """One run on one core; `grpo`: the demo's."""
     folder = OUT / "ablation" / f"{name.replace(' ', '_')}_{seed}"
-    arguments = f"+stage=grpo init_from={OUT}/adapted {domains(FULL)} {POLICY} train.seed={seed} {changes}"
-    stage(f"{arguments} output_dir={folder}", program=("-m", "bench.other_sampler", str(noise)))
+    arguments = f"{grpo} {POLICY} train.seed={seed} {changes} output_dir={folder}"
+    stage(arguments, program=("-m", "bench.other_sampler", str(noise)))
     found = {"off": name, "seed": seed, **figures(folder)}
     print(found, flush=True)
     return found
@@ -104,11 +103,11 @@ def run(name: str, seed: int, changes: str, noise: float) -> dict[str, Any]:
 @benchmark
 def ablation() -> dict[str, Any]:
     """GRPO with each stabiliser off in turn under staleness, three seeds (under an hour on two cores)."""
-    adapted()
+    grpo = adapted()["commands"]["grpo"]
     shutil.rmtree(OUT / "ablation", ignore_errors=True)
     cells = [(name, changes, NOISE) for name, changes in CELLS.items()] + [(CONTROL, "rl.mini_batches=1", 0.0)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(run, name, seed, changes, noise) for seed in SEEDS for name, changes, noise in cells]
+        jobs = [pool.submit(run, grpo, name, seed, changes, noise) for seed in SEEDS for name, changes, noise in cells]
     rows = sorted((job.result() for job in jobs), key=lambda row: [name for name, *_ in cells].index(row["off"]))
     write_table(rows)
-    return {"config": {"policy": POLICY, "noise": NOISE, "cells": CELLS}, "rows": rows, "passed": True}
+    return {"config": {"grpo": grpo, "policy": POLICY, "noise": NOISE, "cells": CELLS}, "rows": rows, "passed": True}

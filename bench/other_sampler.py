@@ -1,4 +1,4 @@
-"""launch/stage.py with a sampler that is another model than the trainer's, as an inference engine with kernels and a
+"""The GRPO stage with a sampler that is another model than the trainer's, as an inference engine with kernels and a
 precision of its own is: every weight of a copy is multiplied by 1 + NOISE z, z normal and the same throughout the run.
 
     python -m bench.other_sampler NOISE +stage=grpo ...
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 import rl.loop
-from launch.stage import main
+from conf.load import load
 from rl.messages import RolloutRequest, Sample
 from rl.rollout.native import NativeEngine
+from train import distributed
+from train.run import open_run
 
 NOISE = float(sys.argv[1]) if __name__ == "__main__" else 0.0
 
@@ -39,4 +41,9 @@ class OtherSampler(NativeEngine):
 
 if __name__ == "__main__":
     rl.loop.NativeEngine = OtherSampler  # type: ignore[misc]
-    sys.exit(main(sys.argv[2:]))
+    loaded = load(sys.argv[2:])
+    with distributed.process_group():
+        opened = open_run(loaded.config, loaded.overrides)
+        assert opened is not None, f"{loaded.config.output_dir} has finished"
+        with opened as context:
+            rl.loop.run(context)

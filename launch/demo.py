@@ -221,9 +221,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="fewer steps and looser promises, for CI")
     parser.add_argument("--dir", default=None, help="folder of the runs (runs/demo, or runs/demo_short)")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="print the plan as JSON (name: arguments) and run nothing")
     options = parser.parse_args()
     plan = SHORT if options.short else FULL
     out = Path(options.dir or ("runs/demo_short" if options.short else "runs/demo"))
+    if options.list:
+        domains_of_plan = {"domains": list(plan.tasks), "min_gain": plan.min_gain}
+        print(json.dumps({"commands": dict(commands(plan, out)), **domains_of_plan}, indent=1))
+        return
     start = time.monotonic()
     for name, arguments in commands(plan, out):
         run(name, arguments, options.ranks)
