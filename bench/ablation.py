@@ -8,7 +8,6 @@ same prompts; a seed changes the samples. The table goes into docs/grpo.md.
 from __future__ import annotations
 
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -18,7 +17,7 @@ from bench.adapted import OUT, ROOT, adapted, read_rows, stage
 from bench.registry import benchmark
 
 NOISE = 0.1
-ITERATIONS, LAST, SEEDS = 24, 5, (1, 2, 3)
+ITERATIONS, LAST, SEEDS = 24, 5, (1, 2)
 POLICY = (
     "rl.outcome=task rl.prompts_per_step=12 rl.group_size=8 rl.mini_batches=8 rl.length_penalty=0 rl.top_p=0.9"
     " rl.beta=0.01 rl.off_policy_delta=0.3 optim.lr=1e-4 optim.schedule=constant optim.warmup_steps=2"
@@ -102,9 +101,8 @@ def run(grpo: str, name: str, seed: int, changes: str, noise: float) -> dict[str
 
 @benchmark
 def ablation() -> dict[str, Any]:
-    """GRPO with each stabiliser off in turn under staleness, three seeds (under an hour on two cores)."""
+    """GRPO with each stabiliser off in turn under staleness, two seeds (half an hour on two cores)."""
     grpo = adapted()["commands"]["grpo"]
-    shutil.rmtree(OUT / "ablation", ignore_errors=True)
     cells = [(name, changes, NOISE) for name, changes in CELLS.items()] + [(CONTROL, "rl.mini_batches=1", 0.0)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(run, grpo, name, seed, changes, noise) for seed in SEEDS for name, changes, noise in cells]

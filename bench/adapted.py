@@ -1,4 +1,5 @@
-"""The sparse-adapted base that the benchmarks of RL start from: the demo's, made once under `runs/bench`."""
+"""The sparse-adapted base that the benchmarks of RL start from: the demo's, made once under `runs/bench`, where their
+own runs lie as well. What is finished there is not run again: remove the folder to measure anew."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ sample a problem, 256 problems of each domain where it has as many.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from bench.adapted import OUT, adapted, evaluation, read_rows, stage
@@ -24,8 +23,6 @@ def domains() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         folder = OUT / f"domains_{seed}"
-        for old in (folder, OUT / f"domains_{seed}_eval"):
-            shutil.rmtree(old, ignore_errors=True)
         stage(f"{given['grpo']} train.seed={seed} output_dir={folder}", ranks=2)
         after = evaluation(OUT / f"domains_{seed}_eval", f"{given['grpo_eval']} init_from={folder}")["by_domain"]
         metrics = read_rows(folder)

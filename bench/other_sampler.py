@@ -44,6 +44,6 @@ if __name__ == "__main__":
     loaded = load(sys.argv[2:])
     with distributed.process_group():
         opened = open_run(loaded.config, loaded.overrides)
-        assert opened is not None, f"{loaded.config.output_dir} has finished"
-        with opened as context:
-            rl.loop.run(context)
+        if opened is not None:  # None: it has finished
+            with opened as context:
+                rl.loop.run(context)

@@ -7,7 +7,6 @@ are drawn under each profile's own limit.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from bench.adapted import OUT, adapted, evaluation, read_rows, stage, without
@@ -27,8 +26,6 @@ def speciale() -> dict[str, Any]:
     rows = []
     for name, profile in PROFILES.items():
         folder = OUT / f"profile_{name}"
-        for old in (folder, OUT / f"profile_{name}_eval"):
-            shutil.rmtree(old, ignore_errors=True)
         stage(f"{given['grpo']} {profile} {POLICY} output_dir={folder}", ranks=2)
         found = evaluation(OUT / f"profile_{name}_eval", f"{given['grpo_eval']} {profile} init_from={folder}")
         rows.append(
