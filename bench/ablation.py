@@ -8,6 +8,7 @@ same prompts; a seed changes the samples. The table goes into docs/grpo.md.
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -37,7 +38,8 @@ CELLS = {
 CONTROL = "one step an iteration, the trainer's own sampler"
 
 
-def figures(folder: Path) -> dict[str, float]:
+def figures(folder: Path) -> dict[str, float | None]:
+    """What the table shows of a run, and a little more; `kl_ref` None where no reference is kept."""
     rows = read_rows(folder)
     curve = [row["heldout/accuracy"] for row in rows if "heldout/accuracy" in row]
     last = rows[-LAST:]
@@ -49,7 +51,7 @@ def figures(folder: Path) -> dict[str, float]:
         "route_agree": mean(row["mismatch/route_agree"] for row in last),
         "clip_frac": mean(row["policy/clip_frac"] for row in last),
         "masked_frac": mean(row["policy/off_policy_masked_frac"] for row in last),
-        "kl_ref": mean(row.get("policy/kl_ref") or 0.0 for row in last),
+        "kl_ref": mean(row["policy/kl_ref"] for row in last) if "policy/kl_ref" in last[-1] else None,
         "worst_norm": max(row["optim/grad_norm"] for row in rows),
         "length": mean(row["rollout/length_mean"] for row in last),
     }
@@ -75,6 +77,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for key, digits in COLUMNS.values():
             values = [row[key] for row in rows if row["off"] == name]
+            if None in values:
+                cells.append("not measured")
+                continue
             spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if key == "final" else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -89,9 +94,14 @@ def write_table(rows: list[dict[str, Any]], path: Path = ROOT / "docs" / "grpo.m
     path.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
 
 
+def folder_name(cell: str) -> str:
+    """The cell's name without what a command line would read otherwise."""
+    return re.sub(r"\W+", "_", cell)
+
+
 def run(grpo: str, name: str, seed: int, changes: str, noise: float) -> dict[str, Any]:
     """One run on one core; `grpo`: the demo's."""
-    folder = OUT / "ablation" / f"{name.replace(' ', '_')}_{seed}"
+    folder = OUT / "ablation" / f"{folder_name(name)}_{seed}"
     arguments = f"{grpo} {POLICY} train.seed={seed} {changes} output_dir={folder}"
     stage(arguments, program=("-m", "bench.other_sampler", str(noise)))
     found = {"off": name, "seed": seed, **figures(folder)}
