@@ -185,9 +185,9 @@ def tasks_are_graded(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.tasks={','.join(rl.tasks)} is not read beside rl.path={rl.path}: leave one of them out"
     if config.stage not in ("grpo", "evaluate") or rl.path is not None or rl.mixes:
         return
-    asked = {name.partition(":")[0] for name in rl.tasks or data.tasks}
-    if "countdown" in asked and rl.outcome in ("exact_match", "math_verify"):
-        yield f"rl.outcome={rl.outcome} cannot grade countdown, which has many right answers: give rl.outcome=task"
+    asked, outcome = {name.partition(":")[0] for name in rl.tasks or data.tasks}, rl.of("countdown").outcome
+    if "countdown" in asked and outcome in ("exact_match", "math_verify"):
+        yield f"rl.outcome={outcome} cannot grade countdown, which has many right answers: give rl.outcome=task"
 
 
 def sft_needs_conversations(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -484,9 +484,18 @@ def violations(config: RunConfig, world_size: int = 1) -> list[str]:
     """Every broken rule as one line; empty if the run may start. `world_size`: processes of the whole run."""
     found = _broken(config, world_size)
     for name in config.rl.domains:
-        of_domain = _broken(replace(config, rl=config.rl.of(name)), world_size)
+        of_domain = _broken(_of_domain(config, name), world_size)
         found += [f"domain {name}: {message}" for message in of_domain if message not in found]
     return found
+
+
+def _of_domain(config: RunConfig, name: str) -> RunConfig:
+    """The run as if all its prompts were of this domain."""
+    rl, data = config.rl.of(name), config.data
+    if not config.rl.mixes:  # it has one of the run's tasks, by its name
+        mine = [tuple(task for task in tasks if task.partition(":")[0] == name) for tasks in (rl.tasks, data.tasks)]
+        rl, data = replace(rl, tasks=mine[0]), replace(data, tasks=mine[1])
+    return replace(config, rl=rl, data=data)
 
 
 def _broken(config: RunConfig, world_size: int) -> list[str]:

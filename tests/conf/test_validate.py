@@ -219,6 +219,10 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.domains={a:{tasks:[words],path:x.jsonl}}",
             "domain a: rl.tasks=words is not read beside rl.path=x.jsonl: leave one of them out",
         ),
+        (
+            "rl.tasks=countdown,words rl.outcome=task rl.domains={countdown:{outcome:math_verify}}",
+            "rl.outcome=math_verify cannot grade countdown, which has many right answers: give rl.outcome=task",
+        ),
         ("rl.domains={a:{tasks:[word]}}", "domain a: rl.tasks=word is not known: did you mean words?"),
         (
             "rl.domains={a:{tasks:[countdown]}}",
@@ -298,6 +302,8 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.domains={math:{beta:0}}",
         "rl.domains={}",
         "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
+        "rl.tasks=arithmetic,countdown rl.domains={countdown:{outcome:task}}",
+        "rl.tasks=arithmetic,countdown rl.outcome=task rl.domains={arithmetic:{outcome:exact_match}}",
         "rl.stop=</think>!,User:",
         "rl.rollout_tokens=1 rl.dynamic_sampling=true",
         "rl.rollout_tokens=1 rl.one_step_off=true",
