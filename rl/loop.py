@@ -103,12 +103,14 @@ def run(context: RunContext) -> None:
             seconds = time.monotonic() - start
             row["perf/tokens_per_s"] = row.pop("new_tokens") / seconds
             row |= account(context, rollouts, experience, members, state, seconds)
-            if heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps):
+            measured = heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps)
+            if heldout is not None and measured:
                 if copy is not None:
                     copy.refresh(engine, state.step)
                 row |= heldout.curve(whole, attention, autocast, pool, client)
-            if context.logs(state.step):
+            if measured or context.logs(state.step):
                 context.log(state.step, row)
+            if context.logs(state.step):
                 show(context, writer, experience, state.step)
             context.watchdog.beat(f"iteration {state.step}")
             progress.update(1, reward=row["reward/mean"], length=row["rollout/length_mean"])
@@ -239,10 +241,11 @@ def improve(
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
     idle = True
+    came = add_over_ranks({"trained": len(experience.trained), "failed_groups": experience.failed_groups})
     for number, batch in enumerate(batches):
         update = run_mini_batch(engine, experience, batch, rl, attention, cp, shown)
-        if update is None and not add_over_ranks({"groups": experience.failed_groups})["groups"]:
-            continue  # fewer samples are finished than there are mini-batches
+        if update is None and (came["trained"] or not came["failed_groups"]):
+            continue  # fewer samples are trained than there are mini-batches
         idle = False
         if update is None:
             reason: str | None = "no group whose grades are whole"

@@ -120,3 +120,10 @@ def test_ranks_share_out_what_one_would_draw(base: str, tmp_path: Path):
     for one, two in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_measurement_is_logged_whatever_log_every_is(base: str, tmp_path: Path):
+    run = config(tmp_path / "run", base, rl=replace(MIXED, eval_every=2), steps=5, log_every=4)
+    assert go(run) == ["finished"]
+    found = {row["step"]: "heldout/accuracy" in row for row in rows(tmp_path / "run")}
+    assert found == {1: False, 2: True, 4: True, 5: True}

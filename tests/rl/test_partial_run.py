@@ -159,3 +159,15 @@ def test_failed_grades_are_still_a_fault(base: str, tmp_path: Path):
     drawn = replace(PARTIAL, path=str(path), outcome="math_verify", mini_batches=1)
     with pytest.raises(AssertionError, match="no group whose grades are whole; 2 steps were left out"):
         go(config(tmp_path / "run", base, rl=drawn, max_skipped_steps=1))
+
+
+def test_a_failed_group_makes_no_fault_of_mini_batches_that_are_left_empty(base: str, tmp_path: Path):
+    """As many mini-batches as samples, of which some groups' are left out: the rest is trained on."""
+    given = [{"prompt": f"{n}?", "answer": "no number" if n % 3 else "7"} for n in range(90)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    drawn = replace(PARTIAL, rollout_tokens=None, path=str(path), outcome="math_verify", mini_batches=16)
+    assert go(config(tmp_path / "run", base, rl=drawn, steps=2, max_skipped_steps=0)) == ["finished"]
+    found = rows(tmp_path / "run")
+    assert [0 < row["reward/failed_groups"] < 4 and "loss/policy" in row for row in found] == [True, True]
+    assert found[-1]["optim/skipped_steps"] == 0
