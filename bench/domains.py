@@ -22,9 +22,9 @@ def domains() -> dict[str, Any]:
     before = evaluation(OUT / "before_rl", given["adapted_eval"])["by_domain"]
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        folder = OUT / f"domains_{seed}"
+        folder = OUT / f"grpo_seed_{seed}"
         stage(f"{given['grpo']} train.seed={seed} output_dir={folder}", ranks=2)
-        after = evaluation(OUT / f"domains_{seed}_eval", f"{given['grpo_eval']} init_from={folder}")["by_domain"]
+        after = evaluation(OUT / f"{folder.name}_eval", f"{given['grpo_eval']} init_from={folder}")["by_domain"]
         metrics = read_rows(folder)
         curve = {
             name: [(row["step"], round(row[key], 3)) for row in metrics if key in row]

@@ -80,6 +80,8 @@ def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
         if is_mapping(hint) and key.startswith(mapping + "."):
             name, _, wrong = key.removeprefix(mapping + ".").partition(".")
             of_each = list(get_type_hints(get_args(hint)[1]))
+            if not wrong:
+                return f"it is a section, set one of its keys: {', '.join(of_each)}"
             close = get_close_matches(wrong, of_each, n=1)
             return f"did you mean {mapping}.{name}.{close[0]}?" if close else f"valid there: {', '.join(of_each)}"
     inside = [leaf for leaf in leaves if leaf.startswith(key + ".")]

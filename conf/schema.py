@@ -172,7 +172,6 @@ class DomainConfig:
 
 @dataclass(frozen=True)
 class RLConfig:
-    profile: str = "standard"  # standard | speciale
     path: str | None = (
         None  # rows of {"prompt", "answer"}: JSONL, Parquet or hf:NAME (`datasets`); null: generated here
     )

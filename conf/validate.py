@@ -34,7 +34,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.offload": ("none", "cpu", "nvme"),
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
-    "rl.profile": ("standard", "speciale"),
     "rl.outcome": ("exact_match", "math_verify", "task", "judge", "proof"),
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
@@ -298,6 +297,8 @@ def offload(config: RunConfig, world_size: int) -> Iterator[str]:
 def heldout_to_measure(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.stage == "evaluate" and config.data.heldout == 0:
         yield "data.heldout=0 leaves evaluate nothing to measure on: give the share that training left out"
+    if config.stage == "grpo" and config.rl.eval_every and config.data.heldout == 0:
+        yield f"data.heldout=0 leaves rl.eval_every={config.rl.eval_every} nothing to measure on: give a share above 0"
 
 
 def rl_domains(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -392,9 +393,9 @@ def stop_strings(config: RunConfig, world_size: int) -> Iterator[str]:
     for string in config.rl.stop:
         if not string:
             yield "rl.stop holds an empty string, which every text begins with: leave it out"
-        elif string in THINK_END:
+        elif string in THINK_END or THINK_END in string:
             yield (
-                f"rl.stop={string} is a part of {THINK_END}, so no sample would come to its answer: give a string that"
+                f"rl.stop={string} ends at {THINK_END}, so no sample would come to its answer: give a string that"
                 " follows the answer"
             )
 

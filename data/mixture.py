@@ -10,7 +10,6 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 from data.prompts import Prompt
 
@@ -37,10 +36,10 @@ def mixture(
     block: int,
     start: int = 0,
 ) -> Iterator[Prompt]:
-    """Prompts from number `start` on, without end, under the names of `sources`: the number of a source's first prompt
-    -> its prompts from there on."""
+    """Prompts from number `start` on, without end. `sources`: by name, the number of a first prompt -> the prompts from
+    there on."""
     order = itertools.chain.from_iterable(blocks(shares, seed, block))
     used = Counter(itertools.islice(order, start))
     streams = {name: source(used[name]) for name, source in sources.items()}
     for name in order:
-        yield replace(next(streams[name]), domain=name)
+        yield next(streams[name])

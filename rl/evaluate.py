@@ -16,6 +16,7 @@ from data.stream import TokenStream
 from data.tokenizer import chat_ids
 from model import Transformer
 from rl.heldout import Heldout
+from rl.prompts import refuse_unknown_domains
 from rl.rewards.client import open_judge
 from rl.rewards.pool import RewardPool
 from train import distributed
@@ -74,6 +75,7 @@ def open_heldout(context: RunContext) -> TokenStream:
 def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     """Share of held-out problems that one sample at temperature 1 answers right, and the rollout's figures."""
     config, rl = context.config, context.config.rl
+    refuse_unknown_domains(config)
     heldout = Heldout(config, context.tokenizer())
     autocast = autocast_dtype(config.precision.name)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())

@@ -33,10 +33,6 @@ class Experience:
     zero_spread: list[int] = field(default_factory=list)  # `prompt_index` of the groups whose rewards are all equal
     traces: dict[int, Trace] = field(default_factory=dict)  # place in `trained` -> what the update saw, of a few
 
-    def advantage_of(self, sample: Sample) -> float | None:
-        """None for a sample of a group that is left out."""
-        return next((a for s, a in zip(self.trained, self.advantages, strict=True) if s is sample), None)
-
     def leave_out(self, indices: Collection[int]) -> None:
         """Trains on no group of these `prompt_index`; they stay in `samples` and in what is counted."""
         kept = [

@@ -92,11 +92,14 @@ class Heldout:
         pool: RewardPool,
         client: JudgeClient | None,
     ) -> dict[str, float]:
-        """`heldout/accuracy` and `heldout/NAME/accuracy` of each domain, for a point of a run's curve."""
+        """`heldout/accuracy` and `heldout/NAME/accuracy` of each domain, for a point of a run's curve, with the grades
+        that failed and what the judge was asked."""
         row = self.measure(net, attention, autocast, pool, client)
         by_domain = {
             f"heldout/{key.removeprefix('domain/')}": value
             for key, value in row.items()
             if key.startswith("domain/") and key.endswith("/accuracy")
         }
-        return {"heldout/accuracy": row["reward/accuracy"]} | by_domain
+        counts = {f"heldout/{key.replace('/', '_')}": value for key, value in row.items() if key.startswith("judge/")}
+        counts["heldout/failed_grades"] = row["reward/failed_grades"]
+        return {"heldout/accuracy": row["reward/accuracy"]} | by_domain | counts

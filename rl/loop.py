@@ -205,7 +205,9 @@ def account(
     state.extra["flops"] = add(state.extra.get("flops", {}), spent)
     found = ledger_metrics(state.extra["flops"], state.extra["pretrain_flops"])
     tokens = add_over_ranks({"drawn": sum(part.num_tokens for part in drawn)})["drawn"]
-    found["rollout/tokens_per_s"] = tokens / max(distributed.max_over_ranks(rollouts.seconds), 1e-9)
+    seconds_drawn = distributed.max_over_ranks(rollouts.seconds)
+    if tokens:  # the last iteration of one-step-off draws nothing
+        found["rollout/tokens_per_s"] = tokens / max(seconds_drawn, 1e-9)
     return found | {"perf/model_tflops": sum(spent.values()) / seconds / 1e12}
 
 
@@ -248,7 +250,7 @@ def improve(
             continue  # fewer samples are trained than there are mini-batches
         idle = False
         if update is None:
-            reason: str | None = "no group whose grades are whole"
+            reason: str | None = "no group whose grades are whole" if number == 0 else None  # one fault, not one each
         else:
             reason = context.guard.judge(update.loss, update.grad_norm)
             engine.step(values, skip=reason is not None)

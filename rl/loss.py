@@ -162,12 +162,15 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> P
     objective = torch.where(masked, torch.zeros_like(surrogate), surrogate)
     reference_kl = None
     if tokens.reference is not None:
-        kl = k3(tokens.reference[drawn] - logprobs)
-        if settings.kl_estimator == "unbiased":
-            kl = (logprobs - sampler).exp() * kl
-        reference_kl = per_sequence(kl.detach())
+        drift_of_reference = tokens.reference[drawn] - logprobs
+        weight = (logprobs - sampler).exp() if settings.kl_estimator == "unbiased" else torch.ones_like(logprobs)
+        reference_kl = per_sequence((weight * k3(drift_of_reference)).detach())
         metrics["policy/kl_ref"] = reference_kl.sum() / totals.sequences
-        objective = objective if tokens.beta is None else objective - tokens.beta[sequence] * kl
+        if tokens.beta is not None:
+            strength = tokens.beta[sequence]
+            # a KL without strength may be infinite, and 0 times that is no 0
+            kl = weight * k3(torch.where(strength > 0, drift_of_reference, torch.zeros_like(drift_of_reference)))
+            objective = objective - strength * kl
     mean = share(objective) if settings.loss_mean == "sequence" else objective.sum() / totals.tokens
     seen = Seen(sequence, logprobs.detach(), ratio.detach(), is_clipped, masked, drift, reference_kl)
     return PolicyLoss(-mean, metrics, seen)

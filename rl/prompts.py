@@ -18,6 +18,7 @@ from conf.errors import UserError, nearest
 from conf.schema import RLConfig, RunConfig
 from data.mixture import mixture
 from data.prompts import Prompt, prompts, train_domains
+from data.tasks import TASKS
 from rl.messages import RolloutRequest
 from rl.rewards.proof import generator_prompt
 
@@ -45,7 +46,7 @@ def train_prompts(config: RunConfig, start: int = 0) -> Iterator[Prompt]:
     rl = config.rl
     if not rl.mixes:
         return _prompts(config, rl, "train", start)
-    sources = {name: partial(_prompts, config, rl.of(name), "train") for name in rl.domains}
+    sources = {name: partial(_of_domain, config, name, "train") for name in rl.domains}
     shares = {name: domain.share for name, domain in rl.domains.items()}
     return mixture(sources, shares, config.train.seed, rl.prompts_per_step, start)
 
@@ -55,11 +56,13 @@ def heldout_prompts(config: RunConfig) -> list[Iterator[Prompt]]:
     rl = config.rl
     if not rl.mixes:
         return [_prompts(config, rl, "heldout")]
-    return [_renamed(_prompts(config, rl.of(name), "heldout"), name) for name in rl.domains]
+    return [_of_domain(config, name, "heldout") for name in rl.domains]
 
 
-def _renamed(found: Iterator[Prompt], domain: str) -> Iterator[Prompt]:
-    return (replace(prompt, domain=domain) for prompt in found)
+def _of_domain(config: RunConfig, name: str, split: str, start: int = 0) -> Iterator[Prompt]:
+    """The prompts that a domain brings, under its name; rows that name no task are of the task of that name, if any."""
+    for prompt in _prompts(config, config.rl.of(name), split, start):
+        yield replace(prompt, domain=name, task=prompt.task or (name if name in TASKS else ""))
 
 
 def _prompts(config: RunConfig, rl: RLConfig, split: str, start: int = 0) -> Iterator[Prompt]:
@@ -97,6 +100,7 @@ class PromptStream:
 
     open_source: number of the first prompt -> the prompts from there on, without end; encode: prompt -> token ids;
     room: tokens that a prompt and its answer may have together. Longer ones are passed over and counted in `too_long`.
+    It starts with `go_to`.
     """
 
     def __init__(
@@ -108,7 +112,8 @@ class PromptStream:
         room: int,
     ) -> None:
         self.open_source, self.encode, self.rl, self.seed, self.room = open_source, encode, rl, seed, room
-        self.go_to(0, 0, 0)
+        self.iteration = self.position = self.too_long = 0
+        self.source: Iterator[Prompt] = iter(())
 
     def go_to(self, iteration: int, position: int, too_long: int) -> None:
         """On with `iteration`, for which the prompts before `position` are used up. UserError where there are none."""

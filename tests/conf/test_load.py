@@ -29,7 +29,7 @@ def refusal(*argv: str) -> str:
 def test_stage_alone_is_a_whole_command(stage: str) -> None:
     config = load([f"+stage={stage}"]).config
     assert (config.stage, config.output_dir) == (stage, f"runs/{stage}")
-    assert (config.precision.name, config.tracker.name, config.rl.profile) == ("fp32", "wandb", "standard")
+    assert (config.precision.name, config.tracker.name, config.rl.length_penalty) == ("fp32", "wandb", 0.1)
 
 
 def test_stage_files_and_schema_name_the_same_stages() -> None:
@@ -43,7 +43,7 @@ def test_every_kind_of_override_reaches_its_field() -> None:
         " model.rope.factor=4 train.activation_checkpointing=true data.tokenizer=train:1536".split()
     )
     config = loaded.config
-    assert (config.precision.name, config.tracker.name, config.rl.profile) == ("bf16", "none", "speciale")
+    assert (config.precision.name, config.tracker.name, config.rl.length_penalty) == ("bf16", "none", 0.02)
     assert config.rl.max_new_tokens == 65536
     assert (config.model.hidden_size, config.model.index_topk, config.model.rope.factor) == (512, 32, 4.0)
     assert (config.data.source, config.data.path, config.data.tokenizer) == ("files", "a.txt", "train:1536")
@@ -145,7 +145,10 @@ def test_environment_and_other_keys_can_be_interpolated(monkeypatch: pytest.Monk
         ("rl.domains={math: {beat: 1}}", ["unknown key rl.domains.math.beat", "did you mean rl.domains.math.beta?"]),
         ("rl.domains={1: {}}", ["rl.domains has the name 1", "no text"]),
         ("rl.domains.math.beat=1", ["unknown key rl.domains.math.beat", "did you mean rl.domains.math.beta?"]),
-        ("rl.domains.math=1", ["unknown key rl.domains.math", "valid there: path, tasks, share"]),
+        (
+            "rl.domains.math=1",
+            ["unknown key rl.domains.math", "it is a section, set one of its keys: path, tasks, share"],
+        ),
         ("rl.domains.math.beta=x", ["rl.domains.math.beta='x'", "a finite number"]),
         ("data.path=a\nb", ["a\\nb", "line break"]),
         ("+model=small", ["write model=small"]),

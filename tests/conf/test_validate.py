@@ -237,8 +237,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ('rl.stop=["a",""]', "rl.stop holds an empty string, which every text begins with: leave it out"),
         (
             'rl.stop=["k>"]',
-            "rl.stop=k> is a part of </think>, so no sample would come to its answer: give a string that follows the"
-            " answer",
+            "rl.stop=k> ends at </think>, so no sample would come to its answer: give a string that follows the answer",
         ),
         (
             "rl.one_step_off=true rl.dynamic_sampling=true",
@@ -264,6 +263,10 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             " parallel.offload_parameters=true: set one of them the other way",
         ),
         ("rl.rollout_tokens=0", "rl.rollout_tokens=0 is too small: give 1 or more"),
+        (
+            "rl.eval_every=5 data.heldout=0",
+            "data.heldout=0 leaves rl.eval_every=5 nothing to measure on: give a share above 0",
+        ),
         ("rl.max_resample=0", "rl.max_resample=0 is too small: give 1 or more"),
         ("rl.mini_batches=129", "rl.mini_batches=129 is more than a process has samples, 128: give 128 or less"),
     ],
@@ -304,7 +307,7 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
         "rl.domains={a:{tasks:[countdown],outcome:task,share:0.1},b:{path:x.jsonl,outcome:math_verify}}",
         "rl.tasks=arithmetic,countdown rl.domains={countdown:{outcome:task}}",
         "rl.tasks=arithmetic,countdown rl.outcome=task rl.domains={arithmetic:{outcome:exact_match}}",
-        "rl.stop=</think>!,User:",
+        "rl.stop=thinker,User:",
         "rl.rollout_tokens=1 rl.dynamic_sampling=true",
         "rl.rollout_tokens=1 rl.one_step_off=true",
         "rl.rollout_copy=false rl.beta=0.1",

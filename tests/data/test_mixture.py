@@ -15,7 +15,7 @@ SHARES = {"a": 3.0, "b": 1.5, "c": 0.5}
 
 
 def source(name: str) -> Callable[[int], Iterator[Prompt]]:
-    return lambda start: (Prompt(f"{name}{n}", str(n), "its own", f"{name}{n}") for n in count(start))
+    return lambda start: (Prompt(f"{name}{n}", str(n), name, f"{name}{n}") for n in count(start))
 
 
 def mixed(start: int = 0, seed: int = 0, block: int = 8) -> Iterator[Prompt]:
@@ -38,7 +38,7 @@ def test_a_domain_meets_every_rank():
     assert 60 < names[::2].count("a") < 140
 
 
-def test_each_domain_keeps_its_order_and_gets_its_name():
+def test_each_domain_keeps_its_order():
     found = list(islice(mixed(), 100))
     for name in SHARES:
         mine = [prompt.answer for prompt in found if prompt.domain == name]

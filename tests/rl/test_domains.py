@@ -80,6 +80,20 @@ def test_each_sample_is_graded_by_its_domain():
     assert words.outcome == 0.0 and words.reward == 0.25
 
 
+def test_rows_of_a_domain_that_is_named_like_a_task_are_of_that_task(tmp_path: Path):
+    path = written(tmp_path, [{"prompt": f"make {n} from {n - 1},1", "answer": f"{n - 1}+1"} for n in range(3, 9)])
+    rl = replace(MIXED, domains={"countdown": DomainConfig(path=path, outcome="task")})
+    assert next(train_prompts(RunConfig("grpo", "x", rl=rl))).task == "countdown"
+
+
+def test_evaluation_refuses_a_domain_that_no_prompt_has(base: str, tmp_path: Path):
+    rl = replace(MIXED, tasks=("words:2",), domains={"word": DomainConfig(beta=0.1)})
+    run = config(tmp_path / "eval", base, "evaluate", rl=rl)
+    run = replace(run, train=replace(run.train, eval_sequences=1), data=replace(run.data, seq_len=64))
+    with pytest.raises(AssertionError, match=r"names word, a domain without any prompt: did you mean words\?"):
+        go(run)
+
+
 def test_rows_of_one_file_may_differ_by_their_domain(tmp_path: Path):
     """A proof needs no answer where mathematics does: the row without one counts as malformed there alone."""
     given = [{"prompt": f"q{n}", "domain": "proof"} for n in range(9)] + [{"prompt": "m", "domain": "math"}]

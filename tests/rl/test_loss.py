@@ -242,6 +242,17 @@ def test_each_domain_has_its_own_strength():
     assert gradient[0] == 0 and gradient[1].item() == pytest.approx(0.5 * (kl - (math.exp(-1) - 1)) / 2, rel=1e-12)
 
 
+def test_a_kl_without_strength_cannot_spoil_the_loss():
+    """exp(119) is infinite in fp32: the first sequence's beta is 0, so it has no part."""
+    logprobs = torch.tensor([-120.0, -1.0], requires_grad=True)
+    tokens = one_token_sequences(logprobs, logprobs.detach(), torch.zeros(2), torch.tensor([-1.0, -2.0]))
+    tokens = replace(tokens, beta=torch.tensor([0.0, 0.5]))
+    for estimator in ("unbiased", "k3"):
+        loss, metrics, seen = grpo_loss(tokens, replace(OPEN, kl_estimator=estimator), Totals(2, 2))
+        assert loss.item() == pytest.approx(0.5 * math.exp(-1) / 2) and metrics["policy/kl_ref"].isinf()
+        assert torch.autograd.grad(loss, logprobs)[0].isfinite().all()
+
+
 def test_plain_k3_has_no_ratio_in_value_or_gradient():
     """pi_theta = e^-1 drawn with e^-0.5, pi_ref = e^-2: k = exp(x) - x - 1 at x = -1 and dk/dlogpi = 1 - exp(x)."""
     logprobs = torch.full((1,), -1.0, dtype=torch.float64, requires_grad=True)

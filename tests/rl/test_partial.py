@@ -171,7 +171,9 @@ def stream(rl: RLConfig) -> PromptStream:
     def source(start: int) -> Any:
         return (Prompt(prompt="x", answer=str(i), domain="d", key=str(i)) for i in count(start))
 
-    return PromptStream(source, lambda prompt: [1], rl, seed=5, room=80)
+    found = PromptStream(source, lambda prompt: [1], rl, seed=5, room=80)
+    found.go_to(0, 0, 0)
+    return found
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -27,9 +27,10 @@ def numbers(*lengths: int) -> Callable[[int], Iterator[Prompt]]:
 
 
 def stream(source: Callable[[int], Iterator[Prompt]], longest: int = 8) -> PromptStream:
-    return PromptStream(
-        source, lambda prompt: [ord(c) for c in prompt.prompt], RL, seed=5, room=longest + RL.max_new_tokens
-    )
+    room = longest + RL.max_new_tokens
+    found = PromptStream(source, lambda prompt: [ord(c) for c in prompt.prompt], RL, seed=5, room=room)
+    found.go_to(0, 0, 0)
+    return found
 
 
 def test_ranks_share_out_what_one_rank_would_draw():
