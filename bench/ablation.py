@@ -32,6 +32,7 @@ CELLS = {
     "plain K3 instead of the unbiased KL": "rl.kl_estimator=k3",
     "without KL": "rl.beta=0",
     "without clipping": "rl.clip_low=1 rl.clip_high=1e6",
+    "all on, pi_old the trainer's own, weights up to 2": "rl.old_logprobs=trainer rl.importance_cap=2",
     "none of them": "rl.keep_routing=false rl.keep_sampling_mask=false rl.off_policy_delta=null rl.beta=0"
     " rl.clip_low=1 rl.clip_high=1e6",
 }
