@@ -24,7 +24,7 @@ DOMAINS = {
     "words": DomainConfig(tasks=("words:2",), max_new_tokens=20, format_weight=0.25, language="latin"),
 }
 MIXED = RLConfig(
-    prompts_per_step=6, group_size=2, max_new_tokens=8, pack_len=96, eval_prompts=8, beta=0.1, domains=DOMAINS
+    prompts_per_step=6, group_size=2, max_new_tokens=8, pack_len=160, eval_prompts=8, beta=0.1, domains=DOMAINS
 )
 
 
