@@ -83,13 +83,21 @@ def run(context: RunContext) -> None:
     rollouts = Rollouts(policy, stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
+
+    def whole_now() -> Transformer:
+        """`whole` with the weights as they stand."""
+        if copy is not None and copy.step != state.step:
+            copy.refresh(engine, state.step)
+        return whole
+
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
     with pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
+        if heldout is not None and state.step == 0:
+            context.log(0, heldout.curve(whole_now(), attention, autocast, pool, client))
         while state.step < config.train.steps:
             start = time.monotonic()
-            if copy is not None and copy.step != state.step:
-                copy.refresh(engine, state.step)
+            whole_now()
             rollouts.start_iteration(state.step)
             samples = rollouts.groups()
             if rl.one_step_off and state.step + 1 < config.train.steps:
@@ -105,9 +113,7 @@ def run(context: RunContext) -> None:
             row |= account(context, rollouts, experience, members, state, seconds)
             measured = heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps)
             if heldout is not None and measured:
-                if copy is not None:
-                    copy.refresh(engine, state.step)
-                row |= heldout.curve(whole, attention, autocast, pool, client)
+                row |= heldout.curve(whole_now(), attention, autocast, pool, client)
             if measured or context.logs(state.step):
                 context.log(state.step, row)
             if context.logs(state.step):

@@ -108,7 +108,8 @@ def test_rows_of_one_file_may_differ_by_their_domain(tmp_path: Path):
 def test_a_mixed_run_logs_every_domain(world: int, base: str, tmp_path: Path):
     run = config(tmp_path / "run", base, rl=replace(MIXED, eval_every=2), steps=3)
     assert go(run, world) == ["finished"] * world
-    found = rows(tmp_path / "run")
+    start, *found = rows(tmp_path / "run")
+    assert start["step"] == 0 and all(f"heldout/{domain}/accuracy" in start for domain in DOMAINS)
     for row in found:
         assert row["domain/puzzles/samples"] == 8 and row["domain/words/samples"] == 4
         assert row["domain/puzzles/length_mean"] <= 8 and row["domain/words/length_mean"] <= 20
@@ -140,4 +141,4 @@ def test_a_measurement_is_logged_whatever_log_every_is(base: str, tmp_path: Path
     run = config(tmp_path / "run", base, rl=replace(MIXED, eval_every=2), steps=5, log_every=4)
     assert go(run) == ["finished"]
     found = {row["step"]: "heldout/accuracy" in row for row in rows(tmp_path / "run")}
-    assert found == {1: False, 2: True, 4: True, 5: True}
+    assert found == {0: True, 1: False, 2: True, 4: True, 5: True}
