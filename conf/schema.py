@@ -193,7 +193,8 @@ class RLConfig:
     keep_sampling_mask: bool = True  # the trainer's softmax runs over the words that top-p and top-k kept
     keep_routing: bool = True  # the trainer repeats the experts that the sampler chose
     keep_selection: bool = False  # and the positions that its indexer selected; needs record_selection
-    record_selection: bool = False  # for mismatch/index_overlap; 4 x layers x index_topk bytes a token (V3.2: 500 KB)
+    # for mismatch/index_overlap; 4 x layers x index_topk bytes a token (V3.2: 500 KB); null: where 1 GiB holds them
+    record_selection: bool | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
     loss_mean: str = "sequence"  # sequence (a mean a sequence, then over sequences: eq. 5) | token (over all tokens)
@@ -242,6 +243,15 @@ class RLConfig:
         names = [spec.name for spec in fields(own) if spec.name not in ("path", "tasks", "share")]
         given = {name: value for name in names if (value := getattr(own, name)) is not None}
         return replace(self, domains={}, **data, **given)
+
+    def selection_bytes(self, model: ModelConfig) -> int:
+        """The most that recorded selections may take on a rank that has all samples of an iteration."""
+        samples = min(self.prompts_per_step * self.group_size, 256)
+        return 4 * model.num_hidden_layers * model.index_topk * samples * self.pack_len
+
+    def records_selection(self, model: ModelConfig) -> bool:
+        given = self.record_selection
+        return self.selection_bytes(model) <= 1 << 30 if given is None else given
 
     @property
     def views(self) -> list[RLConfig]:

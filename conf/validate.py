@@ -341,8 +341,9 @@ def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
             f"rl.prompts_per_step={rl.prompts_per_step} does not divide by the world of {world_size} processes:"
             f" give rl.prompts_per_step={fix}"
         )
-    if rl.keep_selection and not rl.record_selection:
-        yield "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well"
+    if rl.keep_selection and not rl.records_selection(config.model):
+        given = "null, which records none past 1 GiB" if rl.record_selection is None else "false"
+        yield f"rl.keep_selection=true has nothing to repeat with rl.record_selection={given}: set that to true as well"
     samples = rl.prompts_per_step // world_size * rl.group_size
     if rl.mini_batches > samples > 0:
         yield f"rl.mini_batches={rl.mini_batches} is more than a process has samples, {samples}: give {samples} or less"
@@ -511,8 +512,7 @@ def warnings(config: RunConfig) -> list[str]:
         found.append(f"model.index_topk={topk} is not below data.seq_len={seq_len}: sparse attention keeps every token")
     rl, model = config.rl, config.model
     if config.stage == "grpo" and rl.record_selection:
-        samples, longest = rl.prompts_per_step * rl.group_size, rl.pack_len
-        size = 4 * model.num_hidden_layers * topk * min(samples, 256) * longest  # of a rank that has them all
+        size = rl.selection_bytes(model)
         if size > 1 << 30:
             found.append(f"rl.record_selection=true may hold {size / 2**30:.0f} GiB: set it to false")
     if config.rl.judge_url is not None and not config.rl.needs_judge:

@@ -77,6 +77,11 @@ def run(context: RunContext) -> None:
     if reference is not None:
         reference.restore(int(state.extra.get("reference_step", 0)))
     open_ledger(context, state)
+    if rl.record_selection is None and not rl.records_selection(config.model):
+        size = rl.selection_bytes(config.model) / 2**30
+        context.say(
+            f"mismatch/index_overlap is not logged, its records may take {size:.0f} GiB: rl.record_selection=true"
+        )
     attention = context.stage.attention
     lock_step = LockStep(net, attention) if cut and copy is None else None
     policy = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)

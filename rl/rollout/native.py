@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from conf.schema import RLConfig
+from conf.schema import ModelConfig, RLConfig
 from model import Transformer
 from model.generate import Ask, Generation, Sampling, generate
 from rl.messages import CUT, RolloutRequest, Sample, TokenColumns
@@ -35,7 +35,7 @@ class NativeEngine:
         lock_step: LockStep | None = None,
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
-        self.sampling = sampling or sampling_of(rl)
+        self.sampling = sampling or sampling_of(rl, net.config)
         self.stop = StopStrings(rl.stop, self._text)
         self.lock_step = lock_step
         self.weight_version = 0
@@ -115,9 +115,9 @@ class NativeEngine:
         return text
 
 
-def sampling_of(rl: RLConfig) -> Sampling:
+def sampling_of(rl: RLConfig, model: ModelConfig) -> Sampling:
     """How the run samples, and what it records for the trainer."""
-    record = {"experts"} | ({"selected"} if rl.record_selection else set())
+    record = {"experts"} | ({"selected"} if rl.records_selection(model) else set())
     return Sampling(rl.temperature, rl.top_p, rl.top_k, frozenset(record))
 
 

@@ -114,3 +114,10 @@ def test_speciale_runs_on_the_full_model_as_it_stands() -> None:
         assert violations(config) == [] and config.rl.max_new_tokens >= 64 * 1024 and not config.rl.tools
         assert config.rl.length_penalty < load(["+stage=grpo"]).config.rl.length_penalty
     assert (config.rl.of("proof").outcome, config.rl.of("math").outcome) == ("proof", "math_verify")
+
+
+def test_selections_are_recorded_where_they_fit() -> None:
+    rl = load(["+stage=grpo"]).config.rl
+    assert rl.records_selection(preset("tiny")) and not rl.records_selection(preset("deepseek_v3_2"))
+    asked = load(["+stage=grpo", "rl.record_selection=true"]).config.rl
+    assert asked.records_selection(preset("deepseek_v3_2"))

@@ -59,8 +59,13 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("ops.workspace_mib=0", "ops.workspace_mib=0 is too small: give 1 or more"),
         ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
         (
-            "rl.keep_selection=true",
+            "rl.keep_selection=true rl.record_selection=false",
             "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well",
+        ),
+        (
+            "rl.keep_selection=true rl.pack_len=32768",
+            "rl.keep_selection=true has nothing to repeat with rl.record_selection=null, which records none past 1 GiB:"
+            " set that to true as well",
         ),
         ("rl.tasks=wrods", "rl.tasks=wrods is not known: did you mean words?"),
         ("data.tasks=[sorting,arithmatic]", "data.tasks=arithmatic is not known: did you mean arithmetic?"),
