@@ -76,13 +76,13 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     """Share of held-out problems that one sample at temperature 1 answers right, and the rollout's figures."""
     config, rl = context.config, context.config.rl
     refuse_unknown_domains(config)
-    heldout = Heldout(config, context.tokenizer())
     autocast = autocast_dtype(config.precision.name)
+    heldout = Heldout(config, context.tokenizer(), net, context.stage.attention, autocast)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     with (
         RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool,
         opened_judge as client,
         Progress(len(heldout.mine()), "held-out problems", context.is_main, unit="answer") as progress,
     ):
-        row = heldout.measure(net, context.stage.attention, autocast, pool, client, progress.update)
+        row = heldout.measure(pool, client, progress.update)
     return row | {"rollout/prompts_too_long": heldout.too_long}

@@ -31,13 +31,22 @@ EVALUATION = -1  # the "iteration" of the seeds here: no training sample shares 
 
 
 class Heldout:
-    """The held-out problems of a run, `rl.eval_prompts` of each source; `too_long`: prompts that do not fit.
+    """The held-out problems of a run, `rl.eval_prompts` of each source, and `net`, which answers them as it stands;
+    `too_long`: prompts that do not fit.
 
     UserError where a source has none that fits.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: TokenizersBackend) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: TokenizersBackend,
+        net: Transformer,
+        attention: str,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.config = config
+        self.engine = NativeEngine(net, tokenizer, config.rl, attention, autocast, Sampling())
         self.requests: list[RolloutRequest] = []
         self.too_long = 0
         rl, room = config.rl, config.model.max_position_embeddings
@@ -62,19 +71,12 @@ class Heldout:
         return self.requests[distributed.rank() :: distributed.world_size()]
 
     def measure(
-        self,
-        net: Transformer,
-        attention: str,
-        autocast: torch.dtype | None,
-        pool: RewardPool,
-        client: JudgeClient | None,
-        done: Callable[[int], object] = lambda finished: None,
+        self, pool: RewardPool, client: JudgeClient | None, done: Callable[[int], object] = lambda finished: None
     ) -> dict[str, float]:
         """`reward/accuracy`, `reward/num_problems`, and the metrics of rollouts and rewards; all ranks call it."""
         rl = self.config.rl
-        engine = NativeEngine(net, self.tokenizer, rl, attention, autocast, Sampling())
         start = time.monotonic()
-        samples = engine.generate(self.mine(), done)
+        samples = self.engine.generate(self.mine(), done)
         seconds = time.monotonic() - start
         samples, failures = grade(samples, pool, rl, client)
         counts = {} if client is None else client.take_counts()
@@ -84,17 +86,10 @@ class Heldout:
         accuracy = sums["outcome"] / sums["graded"] if sums["graded"] else float("nan")
         return row | {"reward/accuracy": accuracy, "reward/num_problems": sums["graded"]}
 
-    def curve(
-        self,
-        net: Transformer,
-        attention: str,
-        autocast: torch.dtype | None,
-        pool: RewardPool,
-        client: JudgeClient | None,
-    ) -> dict[str, float]:
+    def curve(self, pool: RewardPool, client: JudgeClient | None) -> dict[str, float]:
         """`heldout/accuracy` and `heldout/NAME/accuracy` of each domain, for a point of a run's curve, with the grades
         that failed and what the judge was asked."""
-        row = self.measure(net, attention, autocast, pool, client)
+        row = self.measure(pool, client)
         by_domain = {
             f"heldout/{key.removeprefix('domain/')}": value
             for key, value in row.items()

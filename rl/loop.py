@@ -87,22 +87,18 @@ def run(context: RunContext) -> None:
     policy = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)
     rollouts = Rollouts(policy, stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
-    heldout = Heldout(config, context.tokenizer()) if rl.eval_every else None
-
-    def whole_now() -> Transformer:
-        """`whole` with the weights as they stand."""
-        if copy is not None and copy.step != state.step:
-            copy.refresh(engine, state.step)
-        return whole
-
+    heldout = Heldout(config, context.tokenizer(), whole, attention, autocast) if rl.eval_every else None
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
     with pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
         if heldout is not None and state.step == 0:
-            context.log(0, heldout.curve(whole_now(), attention, autocast, pool, client))
+            if copy is not None:
+                copy.refresh(engine, 0)
+            context.log(0, heldout.curve(pool, client))
         while state.step < config.train.steps:
             start = time.monotonic()
-            whole_now()
+            if copy is not None:
+                copy.refresh(engine, state.step)
             rollouts.start_iteration(state.step)
             samples = rollouts.groups()
             if rl.one_step_off and state.step + 1 < config.train.steps:
@@ -118,7 +114,9 @@ def run(context: RunContext) -> None:
             row |= account(context, rollouts, experience, members, state, seconds)
             measured = heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps)
             if heldout is not None and measured:
-                row |= heldout.curve(whole_now(), attention, autocast, pool, client)
+                if copy is not None:
+                    copy.refresh(engine, state.step)
+                row |= heldout.curve(pool, client)
             if measured or context.logs(state.step):
                 context.log(state.step, row)
             if context.logs(state.step):
@@ -212,13 +210,13 @@ def account(
     if rl.old_logprobs == "trainer":  # see `improve`
         scored = [trained[i] for inside in members[1:] for i in inside]
     spent = iteration_flops(config.model, context.stage, drawn, trained, rl.needs_reference, scored)
-    spent = add_over_ranks(spent)
+    spent = add_over_ranks(spent | {"tokens": sum(part.num_tokens for part in drawn)})
+    tokens = spent.pop("tokens")
     state.extra["flops"] = add(state.extra.get("flops", {}), spent)
     found = ledger_metrics(state.extra["flops"], state.extra["pretrain_flops"])
-    tokens = add_over_ranks({"drawn": sum(part.num_tokens for part in drawn)})["drawn"]
     seconds_drawn = distributed.max_over_ranks(rollouts.seconds)
-    if tokens:  # the last iteration of one-step-off draws nothing
-        found["rollout/tokens_per_s"] = tokens / max(seconds_drawn, 1e-9)
+    if seconds_drawn:  # the last iteration of one-step-off draws nothing
+        found["rollout/tokens_per_s"] = tokens / seconds_drawn
     return found | {"perf/model_tflops": sum(spent.values()) / seconds / 1e12}
 
 

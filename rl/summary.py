@@ -78,7 +78,7 @@ def staleness_metrics(experience: Experience, carried: int, version: int) -> dic
 
 def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:
     """Means over all ranks; NaN over no samples and for rewards where no grade came, a part's mean is over the samples
-    that have it. `rollout_seconds`: of the slowest rank."""
+    that have it. `rollout_seconds`: of the slowest rank; where nothing was drawn in them there is no rate."""
     samples, graded, groups = sums["samples"], sums["graded"] or math.nan, sums["groups"]
     parts = {name.removeprefix("part/"): value for name, value in sums.items() if name.startswith("part/")}
     return {
@@ -91,7 +91,7 @@ def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dic
         "rollout/length_mean": sums["sampled_tokens"] / (samples or math.nan),
         "rollout/missing_logprobs": sums["missing_logprobs"],
         "rollout/truncated_frac": sums["truncated"] / (samples or math.nan),
-        "rollout/tokens_per_s": sums["sampled_tokens"] / max(rollout_seconds, 1e-9),
+        **({"rollout/tokens_per_s": sums["sampled_tokens"] / rollout_seconds} if rollout_seconds else {}),
     }
 
 

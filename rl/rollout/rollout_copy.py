@@ -29,7 +29,9 @@ class RolloutCopy:
 
     @torch.no_grad()
     def refresh(self, engine: Engine, step: int) -> None:
-        """Takes over the trainer's weights as they stand; all ranks call it."""
+        """Takes over the trainer's weights as they stand after iteration `step`, once; all ranks call it."""
+        if self.step == step:
+            return
         self.step = step
         for name, mine in self.net.state_dict().items():
             if ".mlp.experts." in name:

@@ -211,6 +211,10 @@ def test_a_longer_run_goes_on_from_where_the_shorter_ended(base: str, tmp_path: 
     assert go(short) == ["finished"]
     assert go(replace(short, train=replace(short.train, steps=5))) == ["finished"]
     assert [row["rollout/staleness_mean"] for row in rows(tmp_path / "run")] == [0, 1, 1, 0, 1]
+    rates = [row.get("rollout/tokens_per_s") for row in runs.rows(tmp_path / "run")]
+    assert (
+        rates[4] is None and all(0 < rate < 1e6 for rate in rates[:4] if rate) and all(rates[:2])
+    )  # 3, 5: drew nothing
 
 
 def test_the_cache_of_autocast_outlives_the_thread():
