@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 TASK_LEVELS = {"arithmetic": 18, "words": 6, "sorting": 8, "countdown": 5, "counting": 9}  # data/tasks: hardest of each
+ENVIRONMENT_LEVELS = {"calculator": 3, "search": 3, "programs": 3, "tickets": 4}  # rl/env: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
 
 
@@ -153,10 +154,12 @@ class TrackerConfig:
 @dataclass(frozen=True)
 class DomainConfig:
     """What a domain of mixed RL has of its own; null: as the run has it. Either all domains bring their prompts, by
-    `path` or `tasks`, or none does and they are the rows of `rl.path` that name them in the column `domain`."""
+    `path`, `tasks` or `env`, or none does and they are the rows of `rl.path` that name them in the column `domain`."""
 
     path: str | None = None
     tasks: tuple[str, ...] = ()
+    env: str | None = None
+    use_tools: bool | None = None
     share: float = 1.0  # of the prompts, beside the shares of the other domains
     max_new_tokens: int | None = None
     beta: float | None = None
@@ -171,11 +174,34 @@ class DomainConfig:
 
 
 @dataclass(frozen=True)
+class ToolsConfig:
+    """Tools in the middle of reasoning (DeepSeek-V3.2, sec. 3.2). An environment brings its own; `names` are for
+    prompts that have none."""
+
+    names: tuple[str, ...] = ()  # calculator | python | search | open | submit, or MODULE:CLASS of your own
+    mcp: tuple[str, ...] = ()  # command lines of MCP servers over stdio, whose tools are offered as well
+    max_turns: int = 16  # messages of the assistant in a trajectory
+    max_calls: int = 20  # of a trajectory; what is past them gets an error to read
+    timeout_s: float = 120.0  # of a call
+    seconds: float = 600.0  # of all calls of a trajectory
+    result_chars: int = 8000  # of a result; the middle of a longer one is left out
+    reasoning: str = "v3_2"  # v3_2 | keep | v4 | drop: which thoughts stay in the context, see docs/tool_use.md
+    context: str = "none"  # none | summary | discard_75 | discard_all, once `context_share` of the window is full
+    context_share: float = 0.8  # DeepSeek-V3.2, sec. 4.4
+    corpus: str | None = None  # of `search` and `open`: JSONL of {"id", "title", "text"}
+    search_url: str | None = None  # an HTTP endpoint in place of a corpus, see docs/tools.md
+    search_key_env: str | None = None  # variable that holds its key
+    sandbox: str = "auto"  # auto | bubblewrap | namespaces | unprotected_model_code_runs_as_me
+    sandbox_memory_mib: int = 512  # of one trajectory's interpreter
+
+
+@dataclass(frozen=True)
 class RLConfig:
     path: str | None = (
         None  # rows of {"prompt", "answer"}: JSONL, Parquet or hf:NAME (`datasets`); null: generated here
     )
     tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL, mixed, where there is no path; none: data.tasks
+    env: str | None = None  # ENV or ENV:LEVEL of rl/env, where there is no path: problems with tools and a verifier
     domains: dict[str, DomainConfig] = field(default_factory=dict)  # {NAME: what differs there}, one stage for all
     prompts_per_step: int = 16  # prompts of the whole world in an iteration
     group_size: int = 8  # G: samples a prompt
@@ -206,7 +232,8 @@ class RLConfig:
     reference_on_cpu: bool = False  # it lies in CPU memory but while it scores an iteration, before its first step
     reference_refresh: int = 0  # iterations between copies of the policy into the reference; 0: never
     off_policy_delta: float | None = None  # eq. 9: bad sequences whose mean log(pi_old/pi) is above are masked
-    outcome: str = "exact_match"  # exact_match | math_verify | task | judge (by the row's rubric) | proof
+    # exact_match | math_verify | task | environment (its verifier) | judge (by the row's rubric) | proof
+    outcome: str = "exact_match"
     format_weight: float = 0.0  # reward of a closed thought with an answer behind it
     length_penalty: float = 0.0  # strength; linear: share of its reward that a right answer of full length loses
     length_shape: str = "linear"  # linear | soft_overlong (DAPO) | group_relative (Kimi k1.5), see docs/rewards.md
@@ -221,7 +248,8 @@ class RLConfig:
     judge_workers: int = 8  # requests at a time, of each rank
     judge_budget: int | None = None  # requests of the whole run, repetitions included; null: no limit
     judge_weight: float = 0.0  # reward of a full score by the row's rubric, beside another outcome
-    tools: bool = False
+    use_tools: bool = True  # false: prompts are asked without the tools that they or the run have
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
     reward_timeout_s: float = 10.0
     reward_workers: int = 1
     eval_every: int = 0  # grpo: iterations between measurements of held-out accuracy; 0: never
@@ -232,15 +260,16 @@ class RLConfig:
     @property
     def mixes(self) -> bool:
         """Whether the domains bring their own prompts."""
-        return any(domain.path is not None or domain.tasks for domain in self.domains.values())
+        return any(domain.path is not None or domain.tasks or domain.env for domain in self.domains.values())
 
     def of(self, domain: str) -> RLConfig:
         """The settings that hold for prompts of a domain."""
         own = self.domains.get(domain)
         if own is None:
             return self
-        data: dict[str, Any] = {"path": own.path, "tasks": own.tasks} if self.mixes else {}
-        names = [spec.name for spec in fields(own) if spec.name not in ("path", "tasks", "share")]
+        brought = ("path", "tasks", "env")
+        data: dict[str, Any] = {name: getattr(own, name) for name in brought} if self.mixes else {}
+        names = [spec.name for spec in fields(own) if spec.name not in (*brought, "share")]
         given = {name: value for name in names if (value := getattr(own, name)) is not None}
         return replace(self, domains={}, **data, **given)
 
@@ -258,6 +287,15 @@ class RLConfig:
         """All settings that prompts of this run may be under: of every domain, and of those without a name here."""
         own = [self.of(name) for name in self.domains]
         return own if self.mixes else [self, *own]
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether prompts under these settings are asked with tools."""
+        return self.use_tools and (self.env is not None or bool(self.tools.names or self.tools.mcp))
+
+    @property
+    def needs_tools(self) -> bool:
+        return any(view.offers_tools or view.env is not None for view in self.views)
 
     @property
     def needs_judge(self) -> bool:

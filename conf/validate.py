@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
-from conf.schema import STAGES, TASK_LEVELS, RunConfig
+from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
@@ -34,7 +34,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.offload": ("none", "cpu", "nvme"),
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
-    "rl.outcome": ("exact_match", "math_verify", "task", "judge", "proof"),
+    "rl.outcome": ("exact_match", "math_verify", "task", "environment", "judge", "proof"),
+    "rl.tools.reasoning": ("v3_2", "keep", "v4", "drop"),
+    "rl.tools.context": ("none", "summary", "discard_75", "discard_all"),
+    "rl.tools.sandbox": ("auto", "bubblewrap", "namespaces", "unprotected_model_code_runs_as_me"),
     "rl.length_shape": ("linear", "soft_overlong", "group_relative"),
     "rl.language": LANGUAGES,
     "rl.loss_mean": ("sequence", "token"),
@@ -87,13 +90,16 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "rl.reward_timeout_s": "(0, inf)",
     "rl.judge_timeout_s": "(0, inf)",
     "rl.pretrain_tokens": "(0, inf)",
+    "rl.tools.timeout_s": "(0, inf)",
+    "rl.tools.seconds": "(0, inf)",
+    "rl.tools.context_share": "(0, 1)",
 }
 
 NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which values, what to use instead)
     "kernels": (lambda value: value == "cudnn", "kernels=auto, kernels=triton or kernels=torch"),
-    "rl.tools": (lambda value: value is True, "rl.tools=false"),
     "model.tie_word_embeddings": (lambda value: value is True, "model.tie_word_embeddings=false"),
 }
+VERIFIERS = "verifiers"  # rl.env=verifiers:ID, an environment of that package
 DOMAIN_NAME = re.compile(r"[\w.-]+")
 BYTE_LEVEL_FLOOR = 256 + 7  # a trained tokenizer holds every byte and seven special tokens
 
@@ -182,7 +188,7 @@ def tasks_are_graded(config: RunConfig, world_size: int) -> Iterator[str]:
     data, rl = config.data, config.rl
     if rl.path is not None and rl.tasks:
         yield f"rl.tasks={','.join(rl.tasks)} is not read beside rl.path={rl.path}: leave one of them out"
-    if config.stage not in ("grpo", "evaluate") or rl.path is not None or rl.mixes:
+    if config.stage not in ("grpo", "evaluate") or rl.path is not None or rl.env is not None or rl.mixes:
         return
     asked, outcome = {name.partition(":")[0] for name in rl.tasks or data.tasks}, rl.of("countdown").outcome
     if "countdown" in asked and outcome in ("exact_match", "math_verify"):
@@ -306,18 +312,68 @@ def rl_domains(config: RunConfig, world_size: int) -> Iterator[str]:
     for name, own in rl.domains.items():
         if not DOMAIN_NAME.fullmatch(name):
             yield f"rl.domains has the name {name!r}, which is part of a metric's: give letters, digits, _ - and ."
-        if rl.mixes and own.path is None and not own.tasks:
-            yield f"rl.domains.{name} has no prompts while others bring theirs: give it a path or tasks as well"
+        if rl.mixes and own.path is None and not own.tasks and own.env is None:
+            yield f"rl.domains.{name} has no prompts while others bring theirs: give it a path, tasks or env as well"
         if not rl.mixes and own.share != 1:
             yield (
                 f"rl.domains.{name}.share={own.share:g} cannot choose among the rows of one file: leave it out, or give"
-                " every domain a path or tasks of its own"
+                " every domain a path, tasks or env of its own"
             )
         if own.share <= 0:
             yield f"rl.domains.{name}.share={own.share:g} is outside (0, inf): leave the domain out"
-    if rl.mixes and (rl.path is not None or rl.tasks):
-        named = f"rl.path={rl.path}" if rl.path is not None else f"rl.tasks={','.join(rl.tasks)}"
+    if rl.mixes and (rl.path is not None or rl.tasks or rl.env is not None):
+        tasks = f"rl.tasks={','.join(rl.tasks)}" if rl.tasks else f"rl.env={rl.env}"
+        named = f"rl.path={rl.path}" if rl.path is not None else tasks
         yield f"{named} is not read beside rl.domains, which bring their own prompts: leave one of them out"
+
+
+def environments(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if rl.env is not None:
+        name, colon, level = rl.env.partition(":")
+        hardest = ENVIRONMENT_LEVELS.get(name, 0)
+        known = level.isascii() and level.isdigit() and len(level) <= 2
+        if name == VERIFIERS and not level:
+            yield f"rl.env={rl.env} names no taskset: give verifiers:ID"
+        elif name not in (*ENVIRONMENT_LEVELS, VERIFIERS):
+            yield f"rl.env={rl.env} is not known: {nearest(name, [*ENVIRONMENT_LEVELS, VERIFIERS])}"
+        elif name != VERIFIERS and colon and not (known and 1 <= int(level) <= hardest):
+            yield f"rl.env={rl.env} has no such level: give {name}:1 to {name}:{hardest}"
+        for key, given in (("rl.path", rl.path), ("rl.tasks", ",".join(rl.tasks))):
+            if given:
+                yield f"{key}={given} is not read beside rl.env={rl.env}: leave one of them out"
+    if config.stage not in ("grpo", "evaluate") or rl.mixes:
+        return
+    if rl.env is not None and rl.outcome != "environment":
+        yield f"rl.env={rl.env} has a verifier of its own: give rl.outcome=environment instead of {rl.outcome}"
+    if rl.env is None and rl.outcome == "environment":
+        yield "rl.outcome=environment has no environment to ask: give rl.env=NAME, or another outcome"
+
+
+def tools_fit(config: RunConfig, world_size: int) -> Iterator[str]:
+    rl = config.rl
+    if config.stage not in ("grpo", "evaluate") or not (rl.offers_tools or rl.env is not None):
+        return
+    if rl.rollout_tokens is not None:
+        yield (
+            f"rl.rollout_tokens={rl.rollout_tokens} would cut a trajectory in the middle, whose tools no checkpoint can"
+            " keep: set it to null"
+        )
+    if rl.stop:
+        yield "rl.stop would end a message before its end of sequence, behind which tools answer: leave it out"
+    if config.stage == "grpo" and not rl.rollout_copy and (config.parallel.zero == 3 or config.parallel.ep > 1):
+        yield (
+            "rl.rollout_copy=false has all ranks decode in step, and trajectories with tools have not the same number"
+            " of messages: give rl.rollout_copy=true"
+        )
+    searches = [name for name in rl.tools.names if name in ("search", "open")]
+    if searches and rl.env is None and rl.tools.corpus is None and rl.tools.search_url is None:
+        yield (
+            f"rl.tools.names has {searches[0]} and nothing to look in: give rl.tools.corpus=FILE or"
+            " rl.tools.search_url=http://HOST/search"
+        )
+    if rl.tools.corpus is not None and rl.tools.search_url is not None:
+        yield "rl.tools.corpus and rl.tools.search_url are both given: search looks in one of them"
 
 
 def rl_batch(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -472,6 +528,8 @@ RULES: tuple[Rule, ...] = (
     offload,
     heldout_to_measure,
     rl_domains,
+    environments,
+    tools_fit,
     rl_batch,
     rl_rewards,
     rollouts_fit,

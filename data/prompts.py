@@ -35,6 +35,8 @@ class Prompt:
     key: str
     rubric: str = ""
     task: str = ""  # of data/tasks, whose grader knows it; a row's is its domain
+    env: str = ""  # NAME:LEVEL of the environment (rl/env) that it is a problem of
+    state: str = ""  # what that environment knows of it
 
 
 def _needs_answer(domain: str) -> Sequence[str]:

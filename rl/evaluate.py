@@ -16,6 +16,7 @@ from data.stream import TokenStream
 from data.tokenizer import chat_ids
 from model import Transformer
 from rl.heldout import Heldout
+from rl.offer import Offer
 from rl.prompts import refuse_unknown_domains
 from rl.rewards.client import open_judge
 from rl.rewards.pool import RewardPool
@@ -77,9 +78,11 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     config, rl = context.config, context.config.rl
     refuse_unknown_domains(config)
     autocast = autocast_dtype(config.precision.name)
-    heldout = Heldout(config, context.tokenizer(), net, context.stage.attention, autocast)
+    offer = Offer(rl, context.tokenizer(), context.folder, distributed.rank())
+    heldout = Heldout(config, context.tokenizer(), net, context.stage.attention, autocast, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     with (
+        offer,
         RewardPool(rl.reward_workers, rl.reward_timeout_s) as pool,
         opened_judge as client,
         Progress(len(heldout.mine()), "held-out problems", context.is_main, unit="answer") as progress,

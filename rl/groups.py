@@ -59,6 +59,7 @@ def grade(
     """
     attempts = [attempt_of(sample, rl) for sample in samples]
     grades = pool.grade(attempts, [rule_parts(rl.of(attempt.domain)) for attempt in attempts])
+    grades = [with_verdict(given, sample, rl) for given, sample in zip(grades, samples, strict=True)]
     if client is not None:
         whole_grades = [i for i, given in enumerate(grades) if given.parts is not None]
         judged = judge_grades([attempts[i] for i in whole_grades], client, rl)
@@ -76,6 +77,15 @@ def grade(
         for sample, found in zip(samples, parts, strict=True)
     ]
     return graded, [given.error or "no reason given" for given in grades if given.parts is None]
+
+
+def with_verdict(given: Grade, sample: Sample, rl: RLConfig) -> Grade:
+    """The grade with what the environment's verifier said of the sample, which may have failed as any grader may."""
+    if given.parts is None or rl.of(sample.request.domain).outcome != "environment":
+        return given
+    if sample.verdict is None:
+        return Grade(None, sample.verdict_error or f"{sample.request.env or 'no environment'} gave no verdict")
+    return Grade({"environment": sample.verdict} | given.parts)
 
 
 def _rewarded(sample: Sample, parts: Mapping[str, float], rl: RLConfig) -> Sample:

@@ -15,15 +15,16 @@ from transformers import TokenizersBackend
 
 from conf.errors import UserError
 from conf.schema import RunConfig
-from data.chat import encode_prompt
 from model import Transformer
 from model.generate import Sampling
 from rl.groups import Experience, grade
 from rl.messages import RolloutRequest
-from rl.prompts import asked, heldout_prompts, request_of, sample_seed
+from rl.offer import Offer
+from rl.prompts import heldout_prompts, request_of, sample_seed
 from rl.rewards.client import JudgeClient
 from rl.rewards.pool import RewardPool
 from rl.rollout.native import NativeEngine
+from rl.rollout.tool_loop import ToolLoop
 from rl.summary import rollout_row
 from train import distributed
 
@@ -44,17 +45,19 @@ class Heldout:
         net: Transformer,
         attention: str,
         autocast: torch.dtype | None,
+        offer: Offer,
     ) -> None:
         self.config = config
-        self.engine = NativeEngine(net, tokenizer, config.rl, attention, autocast, Sampling())
+        rl, room = config.rl, config.model.max_position_embeddings
+        engine = NativeEngine(net, tokenizer, rl, attention, autocast, Sampling())
+        self.engine = ToolLoop(engine, tokenizer, rl, offer, room)
         self.requests: list[RolloutRequest] = []
         self.too_long = 0
-        rl, room = config.rl, config.model.max_position_embeddings
         for source in heldout_prompts(config):
             first = len(self.requests)
             for prompt in source:
                 of_domain = rl.of(prompt.domain)
-                ids = tuple(encode_prompt(asked(prompt.prompt, of_domain), tokenizer))
+                ids = tuple(offer.encode(offer.messages(prompt)))
                 if len(ids) + of_domain.max_new_tokens > room:
                     self.too_long += 1
                     continue

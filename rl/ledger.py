@@ -32,14 +32,16 @@ def iteration_flops(
 ) -> dict[str, float]:
     """One iteration on this rank: `drawn` what was sampled in it, `trained` the samples that an update saw;
     `reference`: whether one scored them; `scored_before`: those whose log pi_old the trainer computed, part of the
-    update. A group's prompt is read once, a sample that goes on reads all it has again; a last token does not run."""
+    update. A group's prompt is read once; a sample that goes on, after a cut or with a tool's results, reads all it has
+    again; a last token does not run."""
     rollout = 0
     for part in drawn:
-        request, start, stop = part.sample.request, part.start, len(part.sample.tokens) - 1
-        if request.sample_index == 0 or start > len(request.prompt_ids):
-            rollout += sum(sampler_flops(model, stage.attention, 0, start, 0).values())
-        rollout += sum(sampler_flops(model, stage.attention, start, max(stop, start), part.num_tokens).values())
-    rows = [Row((len(sample.tokens),), sample.num_sampled) for sample in trained]
+        request = part.sample.request
+        for number, (start, stop) in enumerate(part.messages):
+            if request.sample_index == 0 or number or start > len(request.prompt_ids):
+                rollout += sum(sampler_flops(model, stage.attention, 0, start, 0).values())
+            rollout += sum(sampler_flops(model, stage.attention, start, stop - 1, stop - start).values())
+    rows = _rows(trained)
     update = sum(sum(row_flops(model, stage, row, mtp=False).values()) for row in rows)
     scored, before = _forward(model, stage, trained), _forward(model, stage, scored_before)
     return {
@@ -51,8 +53,11 @@ def iteration_flops(
 
 
 def _forward(model: ModelConfig, stage: Stage, samples: Sequence[Sample]) -> int:
-    rows = [Row((len(sample.tokens),), sample.num_sampled) for sample in samples]
-    return sum(sum(row_flops(model, stage, row, mtp=False, backward=False).values()) for row in rows)
+    return sum(sum(row_flops(model, stage, row, mtp=False, backward=False).values()) for row in _rows(samples))
+
+
+def _rows(samples: Sequence[Sample]) -> list[Row]:
+    return [Row((len(columns),), columns.num_sampled) for sample in samples for columns in sample.rows]
 
 
 def add(ledger: dict[str, float], spent: dict[str, float]) -> dict[str, float]:

@@ -16,20 +16,20 @@ from collections import Counter
 from functools import partial
 
 from conf.schema import RLConfig
-from data.chat import encode_prompt
-from data.prompts import Prompt
 from model import Transformer
 from rl.groups import Experience, grade, judge
 from rl.heldout import Heldout
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
 from rl.messages import Sample
-from rl.prompts import PromptStream, asked, refuse_unknown_domains, train_prompts
+from rl.offer import Offer
+from rl.prompts import PromptStream, refuse_unknown_domains, train_prompts
 from rl.reference import Reference
 from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
 from rl.rollout.lock_step import LockStep
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
+from rl.rollout.tool_loop import ToolLoop
 from rl.rollouts import Rollouts
 from rl.samples import COLUMNS, TABLE, SamplesWriter, cells, places_shown, sample_rows
 from rl.summary import (
@@ -55,7 +55,8 @@ def run(context: RunContext) -> None:
     """Trains the policy for `train.steps` iterations and writes `hf/`."""
     config, rl = context.config, context.config.rl
     context.guard = Guard(math.inf, config.train.max_skipped_steps)  # a policy loss has no scale for a spike
-    stream = open_prompts(context)
+    offer = Offer(rl, context.tokenizer(), context.folder, distributed.rank())
+    stream = open_prompts(context, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     net = context.build_net()
     freeze(net, context)
@@ -84,13 +85,13 @@ def run(context: RunContext) -> None:
         )
     attention = context.stage.attention
     lock_step = LockStep(net, attention) if cut and copy is None else None
-    policy = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)
-    rollouts = Rollouts(policy, stream, rl)
+    engine_of_one = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)
+    rollouts = Rollouts(ToolLoop(engine_of_one, context.tokenizer(), rl, offer, stream.room), stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
-    heldout = Heldout(config, context.tokenizer(), whole, attention, autocast) if rl.eval_every else None
+    heldout = Heldout(config, context.tokenizer(), whole, attention, autocast, offer) if rl.eval_every else None
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
-    with pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
+    with offer, pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
         if heldout is not None and state.step == 0:
             if copy is not None:
                 copy.refresh(engine, 0)
@@ -134,16 +135,18 @@ def freeze(net: Transformer, context: RunContext) -> None:
     net.mtp.requires_grad_(False)
 
 
-def open_prompts(context: RunContext) -> PromptStream:
-    """The run's prompts with the chat encoding of its tokenizer."""
-    config, tokenizer = context.config, context.tokenizer()
+def open_prompts(context: RunContext, offer: Offer) -> PromptStream:
+    """The run's prompts as they are asked, with what they are offered."""
+    config = context.config
     refuse_unknown_domains(config)
-
-    def encode(prompt: Prompt) -> list[int]:
-        return encode_prompt(asked(prompt.prompt, config.rl.of(prompt.domain)), tokenizer)
-
     room = min(config.rl.pack_len, config.model.max_position_embeddings)
-    return PromptStream(partial(train_prompts, config), encode, config.rl, config.train.seed, room)
+    return PromptStream(
+        partial(train_prompts, config),
+        lambda prompt: offer.encode(offer.messages(prompt)),
+        config.rl,
+        config.train.seed,
+        room,
+    )
 
 
 def gather_experience(

@@ -17,6 +17,9 @@ The ratio inside k stays differentiable and is always over pi_sampler, which dre
 value and the gradient those of KL(pi_theta || pi_ref); detached, the gradient is the forward KL's. `kl_estimator` k3
 leaves the ratio out, as DeepSeekMath and R1 do. M and w act on the surrogate alone.
 
+A sample may come as several sequences, one behind each point where its context began anew: |o_i| and N count whole
+samples, d_i is of each sequence.
+
 Where the sampler's log-prob is missing (NaN), the token gives d_i nothing, as in TRL, and the sampler counts as pi_old,
 or where pi_old is the sampler's, as the current policy: a weight or a ratio of 1.
 """
@@ -44,7 +47,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a whole mini-batch holds, over all rows and ranks: N and sum_i |o_i|."""
+    """What a whole mini-batch holds, over all rows and ranks: N samples and sum_i |o_i|."""
 
     sequences: int
     tokens: int
@@ -62,6 +65,7 @@ class PolicyTokens:
     reference: Tensor | None = None  # log pi_ref
     beta: Tensor | None = None  # [num_sequences] strength of the KL to the reference; None: no such term
     old: Tensor | None = None  # log pi_old of the trainer; None: the sampler's is pi_old
+    lengths: Tensor | None = None  # [num_sequences] |o_i| of each one's whole sample; None: each is a whole sample
 
 
 @dataclass(frozen=True)
@@ -123,15 +127,16 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> P
         raise ValueError(f"importance_cap={settings.importance_cap} needs pi_old of the trainer: pass PolicyTokens.old")
     drawn = (tokens.sequence >= 0).nonzero().squeeze(1)
     sequence = tokens.sequence[drawn]
-    lengths = torch.bincount(sequence, minlength=tokens.num_sequences).clamp(min=1)
+    own_lengths = torch.bincount(sequence, minlength=tokens.num_sequences).clamp(min=1)
+    lengths = own_lengths if tokens.lengths is None else tokens.lengths
 
     def per_sequence(values: Tensor) -> Tensor:
-        """[drawn tokens] -> means over each sequence."""
-        return values.new_zeros(tokens.num_sequences).index_add(0, sequence, values) / lengths
+        """[drawn tokens] -> sums over each sequence."""
+        return values.new_zeros(tokens.num_sequences).index_add(0, sequence, values)
 
     def share(values: Tensor) -> Tensor:
-        """[drawn tokens] -> their share of the mean over all sequences of means over a sequence."""
-        return per_sequence(values).sum() / totals.sequences
+        """[drawn tokens] -> their share of the mean over all samples of means over a sample."""
+        return (per_sequence(values) / lengths).sum() / totals.sequences
 
     logprobs, behaviour, advantages = tokens.logprobs[drawn], tokens.behaviour[drawn], tokens.advantages[drawn]
     sampler = torch.where(behaviour.isnan(), logprobs.detach() if tokens.old is None else tokens.old[drawn], behaviour)
@@ -164,8 +169,9 @@ def grpo_loss(tokens: PolicyTokens, settings: LossSettings, totals: Totals) -> P
     if tokens.reference is not None:
         drift_of_reference = tokens.reference[drawn] - logprobs
         weight = (logprobs - sampler).exp() if settings.kl_estimator == "unbiased" else torch.ones_like(logprobs)
-        reference_kl = per_sequence((weight * k3(drift_of_reference)).detach())
-        metrics["policy/kl_ref"] = reference_kl.sum() / totals.sequences
+        drifted = (weight * k3(drift_of_reference)).detach()
+        reference_kl = per_sequence(drifted) / own_lengths
+        metrics["policy/kl_ref"] = share(drifted)
         if tokens.beta is not None:
             strength = tokens.beta[sequence]
             # a KL without strength may be infinite, and 0 times that is no 0

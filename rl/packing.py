@@ -2,7 +2,8 @@
 of it.
 
 Row t of the model predicts token t+1, so a sampled token's behaviour log-prob, advantage and sequence number sit one
-place before the token itself, where its label is. Prompts and padding have label -100 and sequence -1.
+place before the token itself, where its label is. Prompts, tool results and padding have label -100 and sequence -1.
+A sample of several rows (`Sample.earlier`) is as many sequences, with the advantage that it has.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class TrainingRow:
     doc_start: Tensor
     behaviour: Tensor  # fp32 log-prob of the label when it was sampled; NaN where the sampler gave none
     advantages: Tensor  # fp32
-    sequence: Tensor  # int64 number of the sample inside this row, -1 where nothing was sampled
+    sequence: Tensor  # int64 number of the sequence inside this row, -1 where nothing was sampled
     num_sequences: int
     domains: tuple[str, ...] = ()  # of each sequence
-    packed: tuple[int, ...] = ()  # of each sequence: its place among the samples that were packed
+    packed: tuple[tuple[int, int], ...] = ()  # of each: its sample's place among those packed, its row of the sample
+    lengths: tuple[int, ...] = ()  # of each: tokens that were drawn of its sample, in all rows: |o_i|
     kept: KeptSets | None = None  # words that were in the running for the label
     experts: Tensor | None = None  # [M, T, K]
     selected: Tensor | None = None  # [L, T, k] positions in this row
@@ -67,15 +69,15 @@ def empty_row(length: int) -> TrainingRow:
 
 
 def pack_samples(samples: Sequence[Sample], advantages: Sequence[float], length: int) -> list[TrainingRow]:
-    """Packs whole samples into rows of `length` tokens, in order (first row with room).
+    """Packs whole sequences into rows of `length` tokens, in order (first row with room).
 
-    Raises ValueError for a sample that is longer than a row.
+    Raises ValueError for one that is longer than a row.
     """
     assert len(samples) == len(advantages)
-    members: list[list[int]] = []
+    members: list[list[tuple[int, int]]] = []
     room: list[int] = []
-    for i, sample in enumerate(samples):
-        size = len(sample.tokens)
+    for place in ((i, number) for i, sample in enumerate(samples) for number in range(len(sample.rows))):
+        size = len(samples[place[0]].rows[place[1]])
         if size > length:
             raise ValueError(
                 f"a sample of {size} tokens does not fit rl.pack_len={length}: give rl.pack_len={size} or more"
@@ -84,20 +86,22 @@ def pack_samples(samples: Sequence[Sample], advantages: Sequence[float], length:
         if row == len(room):
             members.append([])
             room.append(length)
-        members[row].append(i)
+        members[row].append(place)
         room[row] -= size
-    rows = [_fill([samples[i] for i in row], [advantages[i] for i in row], length) for row in members]
-    return [replace(row, packed=tuple(inside)) for row, inside in zip(rows, members, strict=True)]
+    return [_fill(samples, advantages, inside, length) for inside in members]
 
 
-def _fill(samples: list[Sample], advantages: list[float], length: int) -> TrainingRow:
+def _fill(
+    samples: Sequence[Sample], advantages: Sequence[float], inside: Sequence[tuple[int, int]], length: int
+) -> TrainingRow:
     row = empty_row(length)
     kept: list[list[int]] = [[] for _ in range(length)]
-    experts = _blank([sample.tokens.routed_experts for sample in samples], length)
-    selected = _blank([sample.tokens.selected for sample in samples], length)
+    sequences = [(samples[i].rows[number], advantages[i]) for i, number in inside]
+    experts = _blank([tokens.routed_experts for tokens, _ in sequences], length)
+    selected = _blank([tokens.selected for tokens, _ in sequences], length)
     start = 0
-    for number, (sample, advantage) in enumerate(zip(samples, advantages, strict=True)):
-        tokens, stop = sample.tokens, start + len(sample.tokens)
+    for number, (tokens, advantage) in enumerate(sequences):
+        stop = start + len(tokens)
         ids = torch.tensor(tokens.ids)
         row.input_ids[start:stop] = ids
         row.next_ids[start : stop - 1] = ids[1:]
@@ -121,8 +125,14 @@ def _fill(samples: list[Sample], advantages: list[float], length: int) -> Traini
         "experts": None if experts is None else experts.transpose(0, 1),
         "selected": None if selected is None else selected.transpose(0, 1),
     }
-    named = {"num_sequences": len(samples), "domains": tuple(sample.request.domain for sample in samples)}
-    return TrainingRow(**{**vars(row), **recorded, **named})
+    return replace(
+        row,
+        num_sequences=len(inside),
+        domains=tuple(samples[i].request.domain for i, _ in inside),
+        packed=tuple(inside),
+        lengths=tuple(samples[i].num_sampled for i, _ in inside),
+        **recorded,  # type: ignore[arg-type]
+    )
 
 
 def _blank(records: list[Tensor | None], length: int) -> Tensor | None:

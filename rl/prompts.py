@@ -12,17 +12,18 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 
 from conf.errors import UserError, nearest
 from conf.schema import RLConfig, RunConfig
 from data.mixture import mixture
 from data.prompts import Prompt, prompts, train_domains
 from data.tasks import TASKS
+from rl.env.registry import choose
 from rl.messages import RolloutRequest
-from rl.rewards.proof import generator_prompt
 
 PATIENCE = 1000  # prompts in a row that may be too long before it is an error
+MOST_HELDOUT, RARE = 4096, 200  # held-out problems of an environment; repetitions in a row that end them
 
 
 def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int) -> int:
@@ -34,11 +35,6 @@ def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int)
 def needed_columns(rl: RLConfig) -> tuple[str, ...]:
     """What a row must have besides its prompt for the outcome to be graded."""
     return {"judge": ("rubric",), "proof": ()}.get(rl.outcome, ("answer",))
-
-
-def asked(prompt: str, rl: RLConfig) -> str:
-    """The user's message: the prompt, which rl.outcome=proof puts into the format that its reward asks for."""
-    return generator_prompt(prompt) if rl.outcome == "proof" else prompt
 
 
 def train_prompts(config: RunConfig, start: int = 0) -> Iterator[Prompt]:
@@ -66,13 +62,31 @@ def _of_domain(config: RunConfig, name: str, split: str, start: int = 0) -> Iter
 
 
 def _prompts(config: RunConfig, rl: RLConfig, split: str, start: int = 0) -> Iterator[Prompt]:
-    """Of one source, `rl.path` or `rl.tasks`."""
+    """Of one source, `rl.env`, `rl.path` or `rl.tasks`."""
     data = config.data
+    if rl.env is not None:
+        return env_prompts(rl.env, split, config.train.seed, data.heldout, start)
     return prompts(
         rl.path, split, config.train.seed, data.operand_digits, data.heldout, start=start,
         max_bad_rows=data.max_bad_rows, needs=lambda domain: needed_columns(rl.of(domain)), tasks=_tasks(config, rl),
         hf_split=data.split,
     )  # fmt: skip
+
+
+def env_prompts(env: str, split: str, seed: int, heldout: float, start: int = 0) -> Iterator[Prompt]:
+    """The problems of ENV or ENV:LEVEL from number `start` on. train: no end; heldout: each key once, then it ends."""
+    environment, level = choose(env)
+    name, seen, repeated = f"{environment.name}:{level}", set[str](), 0
+    for index in count(start if split == "train" else 0):
+        problem = environment.problem_at(index, split, seed, level, heldout)
+        if split != "train":
+            repeated = repeated + 1 if problem.key in seen else 0
+            if repeated > RARE or len(seen) == MOST_HELDOUT:
+                return
+            if repeated:
+                continue
+            seen.add(problem.key)
+        yield Prompt(problem.prompt, problem.answer, environment.name, problem.key, env=name, state=problem.state)
 
 
 def _tasks(config: RunConfig, rl: RLConfig) -> tuple[str, ...]:
@@ -86,7 +100,7 @@ def refuse_unknown_domains(config: RunConfig) -> None:
     if rl.mixes or not rl.domains:
         return
     data = config.data
-    known = train_domains(
+    known = {choose(rl.env)[0].name} if rl.env is not None else train_domains(
         rl.path, data.heldout, data.max_bad_rows, lambda domain: needed_columns(rl.of(domain)), _tasks(config, rl),
         data.split,
     )  # fmt: skip
@@ -175,4 +189,6 @@ def request_of(
         max_new_tokens=max_new_tokens,
         rubric=prompt.rubric,
         task=prompt.task,
+        env=prompt.env,
+        state=prompt.state,
     )

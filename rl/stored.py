@@ -1,7 +1,7 @@
 """Ungraded samples <-> tensors of one file, for checkpoints: to the bit, and without pickles.
 
-A header in JSON holds what is short (request, text, finish reason, sizes); each column over the tokens is one tensor,
-the samples one behind the other.
+A header in JSON holds what is short (request, texts, calls, finish reason, sizes); each column over the tokens is one
+tensor, the rows of the samples one behind the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rl.messages import RolloutRequest, Sample, TokenColumns
+from rl.tools.record import CallRecord
 
 COLUMNS = {  # TokenColumns' lists -> how they are kept
     "ids": torch.int64,
@@ -32,7 +33,7 @@ def to_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
     if not samples:
         return {}
     assert all(sample.reward is None and not sample.reward_parts for sample in samples), "graded samples are not kept"
-    tokens = [sample.tokens for sample in samples]
+    tokens = [row for sample in samples for row in sample.rows]
     text = json.dumps([_header(sample) for sample in samples]).encode()
     found = {"header": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     for name, dtype in COLUMNS.items():
@@ -52,8 +53,16 @@ def _header(sample: Sample) -> dict[str, Any]:
         "request": asdict(sample.request),
         "text": sample.text,
         "finish_reason": sample.finish_reason,
-        "size": len(sample.tokens),
-        "has": [name for name in columns if getattr(sample.tokens, name) is not None],
+        "said": sample.said,
+        "calls": [asdict(call) for call in sample.calls],
+        "resumed": sample.resumed,
+        "num_malformed": sample.num_malformed,
+        "verdict": sample.verdict,
+        "verdict_error": sample.verdict_error,
+        "rows": [
+            {"size": len(row), "has": [name for name in columns if getattr(row, name) is not None]}
+            for row in sample.rows
+        ],
     }
 
 
@@ -67,13 +76,31 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sample]:
     kept = ([*islice(words, size)] for size in tensors["kept_sizes"].tolist())
     records = {}
     for name in RECORDS:
-        sizes = [header["size"] for header in headers if name in header["has"]]
+        sizes = [row["size"] for header in headers for row in header["rows"] if name in row["has"]]
         records[name] = iter(tensors[name].split(sizes) if sizes else ())
+
+    def columns(size: int, has: Sequence[str]) -> TokenColumns:
+        each: dict[str, Any] = {name: [*islice(values, size)] for name, values in lists.items()}
+        each["kept_sets"] = [*islice(kept, size)] if "kept_sets" in has else None
+        each |= {name: next(records[name]).clone() if name in has else None for name in RECORDS}
+        return TokenColumns(**each)
+
     for header in headers:
-        size, has = header["size"], header["has"]
-        columns: dict[str, Any] = {name: [*islice(values, size)] for name, values in lists.items()}
-        columns["kept_sets"] = [*islice(kept, size)] if "kept_sets" in has else None
-        columns |= {name: next(records[name]).clone() if name in has else None for name in RECORDS}
+        *earlier, tokens = [columns(row["size"], row["has"]) for row in header["rows"]]
         request = RolloutRequest(**header["request"] | {"prompt_ids": tuple(header["request"]["prompt_ids"])})
-        found.append(Sample(request, TokenColumns(**columns), header["text"], header["finish_reason"]))
+        found.append(
+            Sample(
+                request,
+                tokens,
+                header["text"],
+                header["finish_reason"],
+                earlier=tuple(earlier),
+                said=tuple(header["said"]),
+                calls=tuple(CallRecord(**call) for call in header["calls"]),
+                resumed=header["resumed"],
+                num_malformed=header["num_malformed"],
+                verdict=header["verdict"],
+                verdict_error=header["verdict_error"],
+            )
+        )
     return found

@@ -43,6 +43,8 @@ def rollout_row(
     own = experience_sums(experience, part_names(rl)) | dict(judge_counts)
     sums = add_over_ranks(own | domain_sums(experience, domains))
     row = experience_metrics(sums, distributed.max_over_ranks(seconds))
+    if rl.needs_tools:
+        row |= tool_metrics(add_over_ranks(tool_sums(experience.samples)))
     return row | domain_metrics(sums, domains), sums
 
 
@@ -57,9 +59,11 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
         "failed_groups": experience.failed_groups,
         "zero_spread_groups": len(experience.zero_spread),
         "sampled_tokens": sum(sample.num_sampled for sample in samples),
-        "tokens": sum(len(sample.tokens) for sample in samples),
-        "missing_logprobs": sum(math.isnan(p) for sample in samples for p in sample.tokens.behaviour_logprobs),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples),
+        "tokens": sum(len(row) for sample in samples for row in sample.rows),
+        "missing_logprobs": sum(
+            math.isnan(p) for sample in samples for row in sample.rows for p in row.behaviour_logprobs
+        ),
+        "truncated": sum(sample.finish_reason != "stop" for sample in samples),
         "reward": sum(sample.reward or 0.0 for sample in graded),
         "outcome": sum(sample.outcome or 0.0 for sample in graded),
         **{f"part/{name}": sum(sample.reward_parts.get(name, 0.0) for sample in graded) for name in parts},
@@ -67,10 +71,50 @@ def experience_sums(experience: Experience, parts: Iterable[str]) -> dict[str, f
     }
 
 
+def tool_sums(samples: Sequence[Sample]) -> dict[str, float]:
+    """Counts and sums over this rank's samples that were offered tools or an environment."""
+    played = [sample for sample in samples if sample.said]
+    calls = [call for sample in played for call in sample.calls]
+    return {
+        "played": len(played),
+        "turns": sum(len(sample.said) for sample in played),
+        "rows": sum(len(sample.rows) for sample in played),
+        "calls": len(calls),
+        "failed": sum(call.error for call in calls),
+        "malformed": sum(sample.num_malformed for sample in played),
+        "seconds": sum(call.seconds for call in calls),
+        "calling": sum(bool(sample.calls) for sample in played),
+        "resumed": sum(sample.resumed for sample in played),
+        **{
+            f"ended/{reason}": sum(sample.finish_reason == reason for sample in played)
+            for reason in ("turns", "context")
+        },
+    }
+
+
+def tool_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """`tool/*`, means over trajectories and over calls; NaN over none. `tool/resumed_frac`: of the trajectories that
+    called a tool, those that thought on after a result."""
+    played, calls = sums["played"] or math.nan, sums["calls"] or math.nan
+    return {
+        "tool/turns_mean": sums["turns"] / played,
+        "tool/rows_mean": sums["rows"] / played,
+        "tool/calls_mean": sums["calls"] / played,
+        "tool/calling_frac": sums["calling"] / played,
+        "tool/resumed_frac": sums["resumed"] / (sums["calling"] or math.nan),
+        "tool/error_frac": sums["failed"] / calls,
+        "tool/malformed_mean": sums["malformed"] / played,
+        "tool/seconds_mean": sums["seconds"] / calls,
+        "tool/turns_exceeded_frac": sums["ended/turns"] / played,
+        "tool/context_exceeded_frac": sums["ended/context"] / played,
+    }
+
+
 def staleness_metrics(experience: Experience, carried: int, version: int) -> dict[str, float]:
     """How many samples go on later (`carried` of this rank's), and by how many iterations the weights that drew the
     tokens trained on are older than `version`, in the mean; NaN over none. All ranks call it."""
-    pairs = (zip(s.tokens.loss_mask, s.tokens.weight_versions, strict=True) for s in experience.trained)
+    rows = [row for sample in experience.trained for row in sample.rows]
+    pairs = (zip(row.loss_mask, row.weight_versions, strict=True) for row in rows)
     ages = [version - drawn_by for pair in pairs for sampled, drawn_by in pair if sampled]
     sums = add_over_ranks({"carried": carried, "tokens": len(ages), "age": sum(ages)})
     return {"rollout/carried": sums["carried"], "rollout/staleness_mean": sums["age"] / (sums["tokens"] or math.nan)}
@@ -117,7 +161,7 @@ def domain_sums(experience: Experience, domains: Iterable[str]) -> dict[str, flo
             "reward": sum(sample.reward or 0.0 for sample in samples),
             "outcome": sum(sample.outcome or 0.0 for sample in samples),
             "sampled_tokens": sum(sample.num_sampled for sample in samples),
-            "truncated": sum(sample.finish_reason == "length" for sample in samples),
+            "truncated": sum(sample.finish_reason != "stop" for sample in samples),
             "groups": len(groups),
             "equal": len(groups & equal),
         }

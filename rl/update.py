@@ -128,7 +128,7 @@ def run_mini_batch(
     sums = {f"{name}/{part}": 0.0 for name in REPEATED for part in ("same", "counted")}
     off_policy: list[tuple[float, bool]] = []
     kl: list[tuple[str, float]] = []
-    traces: dict[int, Trace] = {}
+    traces: dict[int, dict[int, Trace]] = {}  # member -> row of the sample -> what was seen of it
     for number, row in enumerate(rows):
         inputs = model_inputs(row, rl, cp)
         gather = inputs["context"].gather
@@ -147,14 +147,16 @@ def run_mini_batch(
             off_policy += off_policy_of(tokens, seen)
             if seen.reference_kl is not None:
                 kl += zip(row.domains, seen.reference_kl.tolist(), strict=True)
-            own = [(i, members[place]) for i, place in enumerate(row.packed) if place < len(members)]
-            traces |= {member: trace_of(seen, i) for i, member in own if member in shown}
+            for i, (place, part) in enumerate(row.packed):
+                if place < len(members) and members[place] in shown:
+                    traces.setdefault(members[place], {})[part] = trace_of(seen, i)
     found = add_over_ranks(sums)
     for name, metric in REPEATED.items():
         same, counted = found.pop(f"{name}/same"), found.pop(f"{name}/counted")
         if counted:  # no engine need record them
             found[metric] = same / counted
-    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy, kl, traces)
+    whole = {member: joined([parts[part] for part in sorted(parts)]) for member, parts in traces.items()}
+    return Update(found.pop("loss"), engine.grad_norm(), found, totals.sequences, off_policy, kl, whole)
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
@@ -196,6 +198,7 @@ def policy_tokens(
         reference=reference,
         beta=torch.tensor([rl.of(d).beta for d in row.domains], device=device) if rl.needs_reference else None,
         old=old,
+        lengths=torch.tensor(row.lengths, device=device),
     )
 
 
@@ -221,4 +224,17 @@ def trace_of(seen: Seen, number: int) -> Trace:
         clipped=seen.clipped[mine].tolist(),
         masked=bool(seen.masked[mine].any()),
         off_policy_kl=float(seen.off_policy_kl[number]),
+    )
+
+
+def joined(parts: Sequence[Trace]) -> Trace:
+    """The traces of a sample's rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Trace(
+        logprobs=[value for part in parts for value in part.logprobs],
+        ratios=[value for part in parts for value in part.ratios],
+        clipped=[value for part in parts for value in part.clipped],
+        masked=any(part.masked for part in parts),
+        off_policy_kl=max(part.off_policy_kl for part in parts),
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def rule_parts(rl: RLConfig) -> tuple[str, ...]:
     """The parts that worker processes compute (`rl/rewards/rules.py`)."""
-    outcome = () if rl.outcome in ("judge", "proof") else (rl.outcome,)
+    outcome = () if rl.outcome in ("judge", "proof", "environment") else (rl.outcome,)
     return (*outcome, "format", "length", *(("language",) if rl.language != "none" else ()))
 
 
@@ -28,7 +28,11 @@ def part_names(rl: RLConfig) -> tuple[str, ...]:
 
 
 def _parts_of(rl: RLConfig) -> tuple[str, ...]:
-    judged = {"judge": ("judge",), "proof": ("proof", "proof_verified", "proof_analysis")}.get(rl.outcome, ())
+    judged = {
+        "environment": ("environment",),
+        "judge": ("judge",),
+        "proof": ("proof", "proof_verified", "proof_analysis"),
+    }.get(rl.outcome, ())
     beside = ("judge",) if rl.judge_weight > 0 else ()
     relative = ("length_relative",) if rl.length_shape == "group_relative" else ()
     return (*judged, *rule_parts(rl), *beside, *relative)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from conf.schema import ModelConfig, RLConfig
 from model import Transformer
 from model.generate import Ask, Generation, Sampling, generate
-from rl.messages import CUT, RolloutRequest, Sample, TokenColumns
+from rl.messages import CUT, RolloutRequest, Sample, TokenColumns, prompt_columns
 from rl.rollout.lock_step import LockStep
 from rl.stop import StopStrings
 
@@ -64,7 +64,7 @@ class NativeEngine:
                 self.tokenizer.eos_token_id,
                 self.attention,
                 done,
-                self._stopped(asks) if self.stop.strings else None,
+                self._stopped([before for _, before in work]) if self.stop.strings else None,
                 turn=(lambda kind: None) if self.lock_step is None else self.lock_step.turn,
             )
             if self.lock_step is not None:
@@ -72,14 +72,16 @@ class NativeEngine:
         return [self._sample(request, before, found) for (request, before), found in zip(work, drawn, strict=True)]
 
     def _ask(self, request: RolloutRequest, before: TokenColumns | None, limit: int | None) -> Ask:
-        ids = request.prompt_ids if before is None else before.ids
-        said = len(ids) - len(request.prompt_ids)
-        left = request.max_new_tokens - said
-        return Ask(ids, request.seed, left if limit is None else min(left, limit), drawn=said)
+        if before is None:
+            ids, drawn = request.prompt_ids, 0
+        else:
+            ids, drawn = tuple(before.ids), before.num_sampled
+        left = request.max_new_tokens - drawn
+        return Ask(ids, request.seed, left if limit is None else min(left, limit), drawn=drawn)
 
-    def _stopped(self, asks: Sequence[Ask]) -> Callable[[int, list[int]], bool]:
+    def _stopped(self, begun: Sequence[TokenColumns | None]) -> Callable[[int, list[int]], bool]:
         """Whether an ask's sample ends by a stop string, which may have begun before the sample was cut."""
-        answers = [[*ask.prompt[len(ask.prompt) - ask.drawn :]] for ask in asks]
+        answers = [[] if columns is None else columns.ids[columns.open_message :] for columns in begun]
 
         def stopped(number: int, ids: list[int]) -> bool:
             answers[number].append(ids[-1])
@@ -89,22 +91,21 @@ class NativeEngine:
 
     def _sample(self, request: RolloutRequest, before: TokenColumns | None, drawn: Generation) -> Sample:
         """The sample with what was `drawn` behind what it had `before`, which stays as it was recorded then."""
-        now, prompt = self.weight_version, len(request.prompt_ids)
+        now, size = self.weight_version, len(drawn.ids)
         if before is None:
-            before = TokenColumns([*request.prompt_ids], [False] * prompt, [0.0] * prompt, [now] * prompt, [0] * prompt)
-        size = len(drawn.ids)
+            before = prompt_columns(request.prompt_ids, now)
         tokens = TokenColumns(
             ids=before.ids + drawn.ids,
             loss_mask=before.loss_mask + [True] * size,
             behaviour_logprobs=before.behaviour_logprobs + drawn.logprobs,
             weight_versions=before.weight_versions + [now] * size,
-            turns=before.turns + [0] * size,
+            turns=before.turns + before.turns[-1:] * size,
             kept_sets=None if drawn.kept is None else (before.kept_sets or [[]] * len(before)) + drawn.kept,
             routed_experts=_rows(before.routed_experts, drawn.experts),
             selected=_rows(before.selected, drawn.selected),
         )
-        answer, reason = tokens.ids[prompt:], drawn.finish_reason
-        if reason == "length" and len(answer) < request.max_new_tokens:
+        answer, reason = tokens.ids[before.open_message :], drawn.finish_reason
+        if reason == "length" and tokens.num_sampled < request.max_new_tokens:
             reason = CUT
         by_eos = answer[-1] == self.tokenizer.eos_token_id
         return Sample(request, tokens, self.stop.cut(self._text(answer[:-1] if by_eos else answer)), reason)
@@ -128,5 +129,6 @@ def _rows(before: Tensor | None, rows: Tensor | None) -> Tensor | None:
         return None
     found = torch.cat([rows, torch.full_like(rows[:1], -1)])
     if before is not None:
-        found[: len(before) - 1] = before[:-1]  # its last token runs now for the first time
+        ran = (before >= 0).flatten(1).any(1).nonzero().squeeze(1)  # its last token runs now for the first time
+        found[ran] = before[ran]
     return found

@@ -1,0 +1,194 @@
+"""Multi-turn rollouts with tools, over any engine: the policy writes, its calls are run, it reads the results and goes on
+in the same chain of thought (DeepSeek-V3.2, sec. 3.2.1).
+
+In rounds: every trajectory draws one message, then all calls of the round run side by side, then the next round. How
+long a tool takes decides nothing about who shares a batch, so a run with deterministic tools repeats bit for bit; the
+price is that a round waits for its slowest call. An engine sees ordinary requests and samples that go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from data.dsml import OPENER, parse_turn
+from transformers import PreTrainedTokenizerFast
+
+from conf.schema import RLConfig
+from data.chat import encode_tool_results
+from data.tokenizer import END_THINK
+from rl.env.environment import Environment
+from rl.messages import RolloutRequest, Sample
+from rl.offer import Offer, problem_of
+from rl.rollout import RolloutEngine
+from rl.rollout.trajectory import Room, Trajectory
+from rl.tools.runner import ToolBox, described
+from rl.tools.tool import Tool
+
+
+@dataclass
+class _Player:
+    """A trajectory with what it is played with."""
+
+    trajectory: Trajectory
+    tools: list[Tool]
+    box: ToolBox
+    environment: Environment | None
+    user_turn: int = 0
+    verdict: float | None = None
+    verdict_error: str = ""
+
+
+class ToolLoop:
+    """See `RolloutEngine`. Prompts that are offered nothing go straight to `engine`. `window`: tokens of a row."""
+
+    def __init__(
+        self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerFast, rl: RLConfig, offer: Offer, window: int
+    ) -> None:
+        self.engine, self.tokenizer, self.rl, self.offer = engine, tokenizer, rl, offer
+        tools = rl.tools
+        self.room = Room(window, tools.max_turns, offer.rule, tools.context, tools.context_share)
+
+    @property
+    def weight_version(self) -> int:
+        return self.engine.weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self.engine.weight_version = version
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        done: Callable[[int], object] = lambda finished: None,
+        *,
+        begun: Sequence[Sample] = (),
+        limit: int | None = None,
+    ) -> list[Sample]:
+        """See `RolloutEngine`; no sample with tools is cut or goes on (conf/validate.py)."""
+        if not any(self.offer.plays(request) for request in requests):
+            return self.engine.generate(requests, done, begun=begun, limit=limit)
+        assert limit is None and not begun, "a trajectory with tools is drawn in one go"
+        return asyncio.run(self._generate(requests, done))
+
+    async def _generate(self, requests: Sequence[RolloutRequest], done: Callable[[int], object]) -> list[Sample]:
+        plain = {number: request for number, request in enumerate(requests) if not self.offer.plays(request)}
+        players: dict[int, _Player] = {}
+        found: dict[int, Sample] = {}
+        try:
+            for number, request in enumerate(requests):
+                if number not in plain:
+                    players[number] = self._player(request)
+            drawing = dict(players)
+            while plain or drawing:
+                drawn = self._draw(plain, drawing, done)
+                found |= {number: drawn.pop(number) for number in plain}
+                await asyncio.gather(*(self._react(drawing[number], sample) for number, sample in drawn.items()))
+                ended = {n: p for n, p in drawing.items() if p.trajectory.finish_reason is not None}
+                await asyncio.gather(*(self._finish(player) for player in ended.values()))
+                found |= {number: sample_of(player) for number, player in ended.items()}
+                done(len(plain) + len(ended))
+                plain, drawing = {}, {n: p for n, p in drawing.items() if n not in ended}
+        finally:
+            await asyncio.gather(*(player.box.close() for player in players.values()))
+        return [found[number] for number in range(len(requests))]
+
+    def _player(self, request: RolloutRequest) -> _Player:
+        tools = self.offer.tools(request)
+        trajectory = Trajectory(
+            request,
+            self.offer.messages(request),
+            self.room,
+            self.offer.encode,
+            lambda results: encode_tool_results(results, self.tokenizer),
+        )
+        return _Player(trajectory, tools, ToolBox(tools, self.offer.shared.limits), self.offer.environment(request))
+
+    def _draw(
+        self, plain: Mapping[int, RolloutRequest], drawing: Mapping[int, _Player], done: Callable[[int], object]
+    ) -> dict[int, Sample]:
+        """One message of every trajectory, and the samples of prompts without tools, by number."""
+        new, begun = dict(plain), dict[int, Sample]()
+        for number, player in drawing.items():
+            going_on = player.trajectory.begun
+            if going_on is None:
+                new[number] = player.trajectory.ask
+            else:
+                begun[number] = going_on
+        samples = self.engine.generate(list(new.values()), lambda _: done(0), begun=list(begun.values()))
+        return dict(zip([*new, *begun], samples, strict=True))
+
+    async def _react(self, player: _Player, sample: Sample) -> None:
+        """What follows a message: its calls, a summary, a user's next message, or the end."""
+        trajectory, turn = player.trajectory, parse_turn(sample.text)
+        trajectory.take(sample, turn)
+        if trajectory.finish_reason is not None:
+            return
+        if trajectory.summary_asked_at is not None:
+            trajectory.begin_again(turn.content)
+        elif turn.calls:
+            records = await player.box.run(turn.calls)
+            trajectory.calls += records
+            submitted = next((record.result for record in records if record.ended), None)
+            if submitted is not None:
+                trajectory.end("stop", submitted)
+            else:
+                trajectory.read_results([record.result for record in records], self.weight_version)
+        elif player.tools and turn.error is not None and OPENER in sample.text:
+            trajectory.num_malformed += 1
+            trajectory.read_results([f"Error: {turn.error}"], self.weight_version)
+        else:
+            await self._answered(player, None if turn.error else turn.content)
+
+    async def _answered(self, player: _Player, answer: str | None) -> None:
+        """The user turn has ended; the environment may have the user say something more."""
+        trajectory, environment = player.trajectory, player.environment
+        message = None
+        if environment is not None:
+            problem = problem_of(trajectory.request)
+            try:  # an environment is anybody's code: what it raises costs its trajectory, not the run
+                message = await environment.step(problem, answer or "", player.tools, player.user_turn)
+            except Exception as failure:
+                player.verdict_error = f"step: {described(failure)}"
+        if message is None:
+            trajectory.end("stop", answer)
+        else:
+            player.user_turn += 1
+            trajectory.hear(message)
+
+    async def _finish(self, player: _Player) -> None:
+        """The environment's verdict on how it ended, before the tools are closed."""
+        environment, trajectory = player.environment, player.trajectory
+        if environment is not None and not player.verdict_error:
+            verifying = environment.verify(problem_of(trajectory.request), trajectory.answer or "", player.tools)
+            try:  # as above: a verifier that fails is a failed grade
+                verdict = float(await asyncio.wait_for(verifying, self.rl.tools.seconds))
+                if 0.0 <= verdict <= 1.0:
+                    player.verdict = verdict
+                else:
+                    player.verdict_error = f"verify: {verdict} is outside [0, 1]"
+            except Exception as failure:
+                player.verdict_error = f"verify: {described(failure)}"
+        await player.box.close()
+
+
+def sample_of(player: _Player) -> Sample:
+    """What came of a trajectory. Its text, for graders: all thoughts, and behind `</think>` the answer, if it came to
+    one."""
+    t = player.trajectory
+    assert t.row is not None and t.finish_reason is not None
+    text = "\n".join(t.thoughts) + ("" if t.answer is None else END_THINK + t.answer)
+    return Sample(
+        t.request,
+        t.row,
+        text,
+        t.finish_reason,
+        earlier=tuple(t.earlier),
+        said=tuple(t.said),
+        calls=tuple(t.calls),
+        resumed=t.resumed,
+        num_malformed=t.num_malformed,
+        verdict=player.verdict,
+        verdict_error=player.verdict_error,
+    )
