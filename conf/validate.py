@@ -101,7 +101,7 @@ NOT_YET: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> (which value
 }
 VERIFIERS = "verifiers"  # rl.env=verifiers:ID, an environment of that package
 DOMAIN_NAME = re.compile(r"[\w.-]+")
-BYTE_LEVEL_FLOOR = 256 + 7  # a trained tokenizer holds every byte and seven special tokens
+BYTE_LEVEL_FLOOR = 256 + 8  # a trained tokenizer holds every byte and eight special tokens
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

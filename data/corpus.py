@@ -31,7 +31,7 @@ from data.tokenizer import encode_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of a cache entry; part of its name
+FORMAT = 2  # of a cache entry; part of its name
 BATCH_CHARS = 1 << 20  # text tokenised at a time
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -72,10 +72,13 @@ def find_files(path: str, key: str = "data.path", suffixes: Iterable[str] = SUFF
     return files
 
 
-def read_rows(path: Path, columns: Iterable[str], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, row) of one row file, lines from 1. Of a parquet file only `columns` are read."""
+def read_rows(
+    path: Path, columns: Iterable[str], bad: BadRows, beside: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, row) of one row file, lines from 1. Of a parquet file only `columns` are read, of which it must
+    have one, and `beside`."""
     if suffix(path) == ".parquet":
-        yield from _parquet_rows(path, list(columns), bad)
+        yield from _parquet_rows(path, list(columns), bad, beside)
         return
     for line_number, line in enumerate(_lines(path), 1):
         origin = f"{path}:{line_number}"
@@ -157,7 +160,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path} breaks off after line {number} ({error}): fetch or write it anew") from error
 
 
-def _parquet_rows(path: Path, columns: list[str], bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(
+    path: Path, columns: list[str], bad: BadRows, beside: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -167,6 +172,7 @@ def _parquet_rows(path: Path, columns: list[str], bad: BadRows) -> Iterator[tupl
             present = [name for name in columns if name in names]
             if not present:
                 raise UserError(f"{path} has no column {' or '.join(columns)}: its columns are {', '.join(names)}")
+            present += [name for name in beside if name in names]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=present):
                 for values in zip(*(batch.column(name) for name in present), strict=True):

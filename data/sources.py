@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
 from conf.schema import DataConfig
-from data.chat import check_messages
+from data.chat import pieces_of
+from data.check import check_messages
+from data.context import ASKING
+from data.pieces import plain_texts
 from data.rows import TEXT_SUFFIXES, BadRows, find_files, read_rows, read_text, suffix
 from data.split import digest, in_split
 from data.tasks import Problem, arithmetic, choose, mixed_problems, task_key
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # folders of the library
-MESSAGES = "messages"
+MESSAGES, TOOLS = "messages", "tools"
 TOKENIZER_PROBLEMS = 20_000  # in a tokenizer's corpus: enough beside 4 MB of text that their words become tokens
 
 
@@ -37,7 +40,7 @@ class Document:
     key: str
     origin: str
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
 def question_key(question: str) -> str:
@@ -50,8 +53,8 @@ def _row_document(row: Mapping[str, Any], origin: str, text_key: str, conversati
     if conversations or (MESSAGES in row and row.get(text_key) is None):
         if row.get(MESSAGES) is None:
             raise ValueError(f'no "{MESSAGES}"')
-        messages = check_messages(row[MESSAGES])
-        question = next(message["content"] for message in messages if message["role"] == "user")
+        messages = check_messages(row[MESSAGES], row.get(TOOLS))
+        question = next(message["content"] for message in messages if message["role"] in ASKING)
         return Document(question_key(question), origin, messages=messages)
     if row.get(text_key) is None:
         raise ValueError(f'no "{text_key}"')
@@ -70,12 +73,13 @@ def _rows(cfg: DataConfig, bad: BadRows, conversations: bool) -> Iterator[tuple[
         if not present:
             wanted, names = " or ".join(columns), ", ".join(dataset.column_names)
             raise UserError(f"data.path={cfg.path} has no column {wanted}: give data.text_key, one of {names}")
+        present += [TOOLS] if TOOLS in dataset.column_names else []
         for number, row in enumerate(dataset.select_columns(present), 1):
             yield f"{cfg.path}[{cfg.split}]:{number}", row
         return
     for path in source_files(cfg):
         if suffix(path) not in TEXT_SUFFIXES:
-            yield from read_rows(path, columns, bad)
+            yield from read_rows(path, columns, bad, (TOOLS,))
         elif conversations:
             raise UserError(f"{path} holds no conversations: give data.path=FILE of rows with {MESSAGES}")
         else:
@@ -182,12 +186,13 @@ def fingerprint(cfg: DataConfig) -> str:
 
 def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000) -> list[str]:
     """Training text for `train:VOCAB`: a deterministic sample of the training split, with worked problems where the
-    run mixes them in. Looks at no more than eight times `max_chars`."""
+    run mixes them in; of conversations what is encoded of them, without special tokens. Looks at no more than eight
+    times `max_chars`."""
     texts: list[tuple[str, str]] = []
     looked_at = 0
     if cfg.source != "synthetic":
         for document in documents(cfg, "train", seed):
-            text = document.text or "\n".join(message["content"] for message in document.messages or [])
+            text = document.text or "\n".join(plain_texts(pieces_of(document.messages or [])))
             texts.append((document.key, text[: max_chars // 16]))
             looked_at += len(text)
             if looked_at > 8 * max_chars:

@@ -1,14 +1,19 @@
 """Text <-> ids: bytes, a byte-level BPE trained on the run's own text, or a folder's; all transformers' fast class.
 
-The special tokens are DeepSeek's. The byte tokenizer has exactly 256 ids: thirteen byte values (C0, C1, F5..FF) never
-occur in UTF-8, and seven of them carry the special tokens. Text is data, not markup: `encode_texts` never turns a
-special token's spelling inside a text into that token.
+The special tokens are DeepSeek's, `｜DSML｜` among them, which is in every tag of a tool call. V4's tokenizer has it as
+an added token; V3's, with the ids that the example in V3.2's release shows, has not; V3.2's own file was not at hand.
+So where a tokenizer has the added token we take it, and else DSML is ordinary text: what the released encoder's text
+becomes either way.
+
+The byte tokenizer has exactly 256 ids: thirteen byte values (C0, C1, F5..FF) never occur in UTF-8, and eight of them
+carry the special tokens. Text is data, not markup: `encode_texts` never turns a special token's spelling inside a text
+into that token.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,13 +26,14 @@ if TYPE_CHECKING:
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 THINK, END_THINK, USER, ASSISTANT = "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"
-SPECIAL_TOKENS = (BOS, EOS, PAD, THINK, END_THINK, USER, ASSISTANT)
+DSML = "｜DSML｜"
+SPECIAL_TOKENS = (BOS, EOS, PAD, THINK, END_THINK, USER, ASSISTANT, DSML)
 NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # a trained vocabulary holds every byte
 
 
 class ChatIds(NamedTuple):
-    """Ids of the tokens that frame a conversation."""
+    """Ids of the tokens that frame a conversation; None where DSML is no token of its own."""
 
     bos: int
     eos: int
@@ -35,6 +41,7 @@ class ChatIds(NamedTuple):
     end_think: int
     user: int
     assistant: int
+    dsml: int | None
 
 
 def byte_letters() -> list[str]:
@@ -85,7 +92,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[THINK, END_THINK, USER, ASSISTANT],
+        additional_special_tokens=[THINK, END_THINK, USER, ASSISTANT, DSML],
         clean_up_tokenization_spaces=False,
     )
 
@@ -130,8 +137,9 @@ def load_tokenizer(
     return _wrap(_trained_backend(int(size), corpus))
 
 
+@lru_cache(maxsize=8)
 def chat_ids(tokenizer: PreTrainedTokenizerFast) -> ChatIds:
-    """Ids of DeepSeek's chat tokens. UserError where the tokenizer lacks one."""
+    """Ids of DeepSeek's chat tokens. UserError where the tokenizer lacks one (other than DSML)."""
     vocab = tokenizer.backend_tokenizer.token_to_id
     found = {name: vocab(name) for name in (THINK, END_THINK, USER, ASSISTANT)}
     found |= {BOS: tokenizer.bos_token_id, EOS: tokenizer.eos_token_id}
@@ -139,7 +147,17 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast) -> ChatIds:
     if len(ids) < len(found):
         missing = " ".join(name for name in found if name not in ids)
         raise UserError(f"the tokenizer has no {missing}, which conversations need: add it, or use another")
-    return ChatIds(*(ids[name] for name in (BOS, EOS, THINK, END_THINK, USER, ASSISTANT)))
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    dsml = vocab(DSML) if DSML in added else None
+    return ChatIds(ids[BOS], ids[EOS], ids[THINK], ids[END_THINK], ids[USER], ids[ASSISTANT], dsml)
+
+
+@lru_cache(maxsize=8)
+def spells_dsml(tokenizer: PreTrainedTokenizerFast) -> None:
+    """UserError where the tokenizer cannot write DSML as text."""
+    (ids,) = encode_texts(tokenizer, [DSML])
+    if tokenizer.decode(ids) != DSML:
+        raise UserError(f"the tokenizer cannot spell {DSML}, which tool calls need: add it as a token, or use another")
 
 
 @lru_cache(maxsize=8)
@@ -150,21 +168,28 @@ def _markup(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names))))
 
 
-def _defused(text: str, markup: re.Pattern[str]) -> list[str]:
-    """The text in parts that hold no special token's spelling: each one found is cut after its first character."""
+def _defused(text: str, markup: re.Pattern[str], marks: Container[int]) -> list[str]:
+    """The text in parts that hold no special token's spelling, but for those at `marks`: each one found is cut after
+    its first character."""
     parts, start = [], 0
     match = markup.search(text)
     while match:
-        parts.append(text[start : match.start() + 1])
-        start = match.start() + 1
-        match = markup.search(text, start)
+        cut = match.start() + 1
+        if match.start() not in marks:
+            parts.append(text[start:cut])
+            start = cut
+        match = markup.search(text, cut)
     return [*parts, text[start:]]
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of plain texts, without bos or eos; decodes to the text again, but never holds a special token."""
+def encode_texts(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], marks: Sequence[Container[int]] | None = None
+) -> list[list[int]]:
+    """Ids of plain texts, without bos or eos; decodes to the text again, but never holds a special token.
+
+    `marks`: for each text where DSML stands on purpose, for a tokenizer that has no token for it."""
     markup = _markup(tokenizer)
-    parts = [_defused(text, markup) for text in texts]
+    parts = [_defused(text, markup, marked) for text, marked in zip(texts, marks or [()] * len(texts), strict=True)]
     flat = [part for text_parts in parts for part in text_parts]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     return [[i for _ in text_parts for i in next(encoded).ids] for text_parts in parts]

@@ -163,6 +163,7 @@ class RunContext:
         return self._tokenizer
 
     def _make_tokenizer(self, kept: Path) -> None:
+        from data.chat_template import with_template
         from data.sources import tokenizer_corpus
         from data.tokenizer import load_tokenizer
 
@@ -171,7 +172,7 @@ class RunContext:
         if data.tokenizer.startswith("train:"):
             self.say(f"training a tokenizer of {data.tokenizer.removeprefix('train:')} tokens")
             corpus = tokenizer_corpus(data, self.config.train.seed)
-        made = load_tokenizer(data.tokenizer, corpus=corpus)
+        made = with_template(load_tokenizer(data.tokenizer, corpus=corpus))
         partial = kept.with_name(".tmp_tokenizer")
         for stale in (partial, kept):
             shutil.rmtree(stale, ignore_errors=True)

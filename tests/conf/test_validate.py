@@ -93,11 +93,11 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("data.tokenizer=", "data.tokenizer is empty: use auto, bytes, train:VOCAB or a tokenizer folder"),
         (
             "data.tokenizer=train:100",
-            "data.tokenizer=train:100 has no usable size: give train:VOCAB with VOCAB of 263 or more",
+            "data.tokenizer=train:100 has no usable size: give train:VOCAB with VOCAB of 264 or more",
         ),
         (
             "data.tokenizer=train:many",
-            "data.tokenizer=train:many has no usable size: give train:VOCAB with VOCAB of 263 or more",
+            "data.tokenizer=train:many has no usable size: give train:VOCAB with VOCAB of 264 or more",
         ),
         (
             "data.tokenizer=train:1537",
@@ -284,7 +284,7 @@ def test_rule_fires_alone_and_says_how_to_mend_it(argv: str, message: str) -> No
     "argv",
     [
         "data.source=files data.path=x",
-        "data.tokenizer=train:263",
+        "data.tokenizer=train:264",
         "data.tokenizer=train:1536",
         "data.seq_len=32768",
         "rl.clip_low=1 rl.clip_high=10",  # DeepSeek-R1's clip of 10 has no lower bound worth its name

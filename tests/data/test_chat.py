@@ -100,7 +100,7 @@ def test_reasoning_is_found_wherever_data_sets_keep_it() -> None:
         ("hello", "not a list"),
         ([], "not a list"),
         (["hello"], "message 0 is not an object"),
-        ([{"role": "tool", "content": "x"}], "role 'tool'"),
+        ([{"role": "tool", "content": "x"}], "no call waits"),
         ([{"role": "user", "content": None}], "no string"),
         ([{"role": "user", "content": "x"}], "do not go"),
         ([{"role": "system", "content": "x"}], "do not go"),

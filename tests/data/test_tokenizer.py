@@ -124,8 +124,8 @@ def test_mistakes_are_one_line_with_the_fix(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="no tokenizer.json"):
         load_tokenizer("auto", tmp_path)
-    for spec in ("train:many", "train:262"):
-        with pytest.raises(UserError, match="VOCAB of 263 or more"):
+    for spec in ("train:many", "train:263"):
+        with pytest.raises(UserError, match="VOCAB of 264 or more"):
             load_tokenizer(spec, corpus=TEXTS)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read") as caught:
