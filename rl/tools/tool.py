@@ -33,8 +33,8 @@ class Tool(ABC):
     ends: ClassVar[bool] = False  # a call that succeeds ends the trajectory, and its result is the answer (`submit`)
 
     @abstractmethod
-    async def call(self, **arguments: Any) -> str:
-        """The result as text. ToolError: what the model is to read of a failure."""
+    async def call(self, *args: Any, **arguments: Any) -> str:  # written so that a subclass may name its parameters
+        """The result as text. It is called by keyword. ToolError: what the model is to read of a failure."""
 
     async def close(self) -> None:
         """Gives back what the instance holds; called once, also where a call has failed or was cut off."""

@@ -1,0 +1,126 @@
+"""What the tools of all trajectories share: the index, the pool of sandboxes, the MCP servers. Each is dear, so it is
+made where a tool first wants it and given back when the run ends.
+
+    with Shared(config, folder, rank) as shared:
+        tools = open_tools(config.names, shared)      # a trajectory's own, cheap (registry.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from conf.errors import UserError
+from rl.tools.mcp_client import McpServers
+from rl.tools.runner import CallLimits, described
+from rl.tools.search import Corpus, Source
+from rl.tools.tool import Tool
+
+log = logging.getLogger("winnow.tools")
+
+
+@dataclass(frozen=True)
+class ToolsConfig:
+    """`rl.tools`. names: tools of every prompt; timeout_s: of a call; max_calls, seconds: of a trajectory;
+    result_chars: what the model reads of a result at most; corpus: file, glob or folder of documents; search_url: an
+    endpoint instead of it (key: variable search_key_env); mcp: commands of servers; sandbox: how python is kept in."""
+
+    names: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+    max_calls: int = 20
+    seconds: float = 600.0
+    result_chars: int = 8000
+    corpus: str | None = None
+    search_url: str | None = None
+    search_key_env: str | None = None
+    mcp: tuple[str, ...] = ()
+    sandbox: str = "auto"
+    sandbox_memory_mib: int = 512
+
+
+class Shared:
+    """A context manager, used from any thread and any number of event loops one after another.
+
+    folder: of the run, for logs. What cannot be made raises UserError where it is first wanted, which is before the
+    first trajectory begins.
+    """
+
+    def __init__(self, config: ToolsConfig, folder: Path, rank: int = 0) -> None:
+        self.config = config
+        self.limits = CallLimits(config.timeout_s, config.max_calls, config.seconds, config.result_chars)
+        self.servers = McpServers(config.mcp, folder, rank, config.timeout_s)
+        self.sound: set[str] = set()  # tools that registry.py has looked at
+        self._source: Source | None = None
+        self._pool: Any = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def source(self) -> Source:
+        """Where `search` and `open` look: the corpus, which is read and indexed here, or the endpoint."""
+        with self._lock:
+            if self._source is None:
+                self._source = _open_source(self.config)
+            return self._source
+
+    def pool(self) -> Any:
+        """The pool of sandboxes (rl.sandbox.SandboxPool)."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = _open_pool(self.config)
+            return self._pool
+
+    def mcp_tools(self) -> list[Tool]:
+        return self.servers.tools()
+
+    def close(self) -> None:
+        self.servers.close()
+        with self._lock:
+            pool, self._pool, self._source = self._pool, None, None
+            if pool is not None:
+                _close_pool(pool)
+
+
+def _open_source(config: ToolsConfig) -> Source:
+    if config.corpus is not None and config.search_url is not None:
+        raise UserError("rl.tools.corpus and rl.tools.search_url are both given: search looks in one of them")
+    if config.search_url is not None:
+        from rl.tools.http_search import HttpSearch
+
+        return HttpSearch(config.search_url, config.search_key_env, config.timeout_s)
+    if config.corpus is None:
+        raise UserError(
+            "the tools search and open have nothing to look in: give rl.tools.corpus or rl.tools.search_url"
+        )
+    return Corpus.read(config.corpus)
+
+
+def _open_pool(config: ToolsConfig) -> Any:
+    """The one place that knows how a pool is made. UserError: the machine cannot protect itself (rl/sandbox)."""
+    from rl.sandbox import Limits, SandboxPool
+
+    return SandboxPool(Limits(timeout_s=config.timeout_s, memory_mib=config.sandbox_memory_mib), mode=config.sandbox)
+
+
+def _close_pool(pool: Any) -> None:
+    """Its `close()` may be a coroutine; the caller's thread may or may not be running a loop, so it gets its own."""
+
+    async def close() -> None:
+        closing = pool.close()
+        if inspect.isawaitable(closing):
+            await closing
+
+    with ThreadPoolExecutor(1) as thread:
+        failure = thread.submit(asyncio.run, close()).exception()
+    if failure is not None:
+        log.warning("the pool of sandboxes did not close: %s", described(failure))
