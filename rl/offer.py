@@ -1,5 +1,5 @@
-"""How a prompt is asked: the user's message, the tools that it is offered, the chat encoding, and where a sample's tools
-come from.
+"""How a prompt is asked: the user's message, the tools that it is offered, the chat encoding, and where the tools of a
+sample come from.
 
 A problem of an environment is offered the environment's tools, any other prompt those that the run names
 (`rl.tools.names`, `rl.tools.mcp`); with `use_tools=false` nothing, in all of the run or in a domain.
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from data.context import CONTEXT_RULES
 from transformers import PreTrainedTokenizerFast
 
 from conf.schema import RLConfig
 from data.chat import encode_prompt
+from data.context import CONTEXT_RULES
 from data.prompts import Prompt
 from rl.env.environment import Environment, EnvProblem
 from rl.env.registry import choose
@@ -29,7 +29,7 @@ Asked = Prompt | RolloutRequest  # both know domain, prompt, env and state
 
 
 class Offer:
-    """What this run offers; a context manager, which gives back what the tools share. `folder`: of the run, for logs."""
+    """What this run offers; a context manager, which gives back what the tools share. folder: of the run, for logs."""
 
     def __init__(self, rl: RLConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, rank: int = 0) -> None:
         self.rl, self.tokenizer = rl, tokenizer

@@ -85,10 +85,8 @@ def tool_sums(samples: Sequence[Sample]) -> dict[str, float]:
         "seconds": sum(call.seconds for call in calls),
         "calling": sum(bool(sample.calls) for sample in played),
         "resumed": sum(sample.resumed for sample in played),
-        **{
-            f"ended/{reason}": sum(sample.finish_reason == reason for sample in played)
-            for reason in ("turns", "context")
-        },
+        "no_turns": sum(sample.finish_reason == "turns" for sample in played),
+        "no_context": sum(sample.finish_reason == "context" for sample in played),
     }
 
 
@@ -105,8 +103,8 @@ def tool_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "tool/error_frac": sums["failed"] / calls,
         "tool/malformed_mean": sums["malformed"] / played,
         "tool/seconds_mean": sums["seconds"] / calls,
-        "tool/turns_exceeded_frac": sums["ended/turns"] / played,
-        "tool/context_exceeded_frac": sums["ended/context"] / played,
+        "tool/turns_exceeded_frac": sums["no_turns"] / played,
+        "tool/context_exceeded_frac": sums["no_context"] / played,
     }
 
 

@@ -1,5 +1,5 @@
-"""Multi-turn rollouts with tools, over any engine: the policy writes, its calls are run, it reads the results and goes on
-in the same chain of thought (DeepSeek-V3.2, sec. 3.2.1).
+"""Multi-turn rollouts with tools, over any engine: the policy writes, its calls are run, it reads the results and goes
+on in the same chain of thought (DeepSeek-V3.2, sec. 3.2.1).
 
 In rounds: every trajectory draws one message, then all calls of the round run side by side, then the next round. How
 long a tool takes decides nothing about who shares a batch, so a run with deterministic tools repeats bit for bit; the
@@ -12,11 +12,11 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from data.dsml import OPENER, parse_turn
 from transformers import PreTrainedTokenizerFast
 
 from conf.schema import RLConfig
 from data.chat import encode_tool_results
+from data.dsml import OPENER, parse_turn
 from data.tokenizer import END_THINK
 from rl.env.environment import Environment
 from rl.messages import RolloutRequest, Sample

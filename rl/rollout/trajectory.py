@@ -1,5 +1,5 @@
-"""One sample that talks with tools, as it grows: the conversation, the row of tokens that goes on, and the rows that are
-closed.
+"""One sample that talks with tools, as it grows: the conversation, the row of tokens that goes on, and the rows that
+are closed.
 
 Token-in, token-out: inside a row nothing that the policy wrote is tokenised again; results are encoded and go behind
 it. Where the context rule takes something away (V3.2: thoughts, at a user's message), or the context is managed, the
@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data.chat import said_message
 from data.context import ContextRule
 from data.dsml import Turn
-
-from data.chat import said_message
 from rl.messages import CUT, RolloutRequest, Sample, TokenColumns, extended
 from rl.rollout.context import DISCARDED, SUMMARY_REQUEST, discarded, with_summary
 from rl.tools.record import CallRecord

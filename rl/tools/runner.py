@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from conf.errors import UserError, nearest
 from data.calls import ToolCall
 from rl.tools.plain import NotPlain, clean, cut, plain
+from rl.tools.record import CallRecord
 from rl.tools.tool import Tool, ToolError
 
 GRACE_S = 2.0  # for a tool that was told to stop, and for its close() beyond that
@@ -41,19 +42,6 @@ class CallLimits:
     max_calls: int = 20
     total_seconds: float = 600.0
     max_result_chars: int = 8000
-
-
-@dataclass(frozen=True)
-class CallRecord:
-    """`name` and `arguments` as the model wrote them, as far as JSON can say them (else None); `result`: what it reads;
-    `ended`: the call succeeded and its tool ends the trajectory."""
-
-    name: str
-    arguments: Any
-    result: str
-    error: bool
-    seconds: float
-    ended: bool = False
 
 
 class ToolBox:

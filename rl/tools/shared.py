@@ -12,36 +12,17 @@ import inspect
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from conf.errors import UserError
+from conf.schema import ToolsConfig
 from rl.tools.mcp_client import McpServers
 from rl.tools.runner import CallLimits, described
 from rl.tools.search import Corpus, Source
 from rl.tools.tool import Tool
 
 log = logging.getLogger("winnow.tools")
-
-
-@dataclass(frozen=True)
-class ToolsConfig:
-    """`rl.tools`. names: tools of every prompt; timeout_s: of a call; max_calls, seconds: of a trajectory;
-    result_chars: what the model reads of a result at most; corpus: file, glob or folder of documents; search_url: an
-    endpoint instead of it (key: variable search_key_env); mcp: commands of servers; sandbox: how python is kept in."""
-
-    names: tuple[str, ...] = ()
-    timeout_s: float = 120.0
-    max_calls: int = 20
-    seconds: float = 600.0
-    result_chars: int = 8000
-    corpus: str | None = None
-    search_url: str | None = None
-    search_key_env: str | None = None
-    mcp: tuple[str, ...] = ()
-    sandbox: str = "auto"
-    sandbox_memory_mib: int = 512
 
 
 class Shared:
