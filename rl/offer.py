@@ -45,28 +45,32 @@ class Offer:
 
     def plays(self, asked: Asked) -> bool:
         """Whether its sample is a trajectory: it has tools, or an environment that looks at its end."""
-        return bool(asked.env) or self.rl.of(asked.domain).offers_tools
+        return bool(asked.env) or self._has_tools(asked)
+
+    def _has_tools(self, asked: Asked) -> bool:
+        of_domain = self.rl.of(asked.domain)
+        return of_domain.use_tools and bool(asked.env or of_domain.tools.names or of_domain.tools.mcp)
 
     def environment(self, asked: Asked) -> Environment | None:
         if not asked.env:
             return None
         environment, _ = choose(asked.env)
-        environment.open(self.shared)
+        if environment.wants_pool:
+            environment.pool = self.shared.pool()
         return environment
 
     def tools(self, asked: Asked) -> list[Tool]:
         """A trajectory's own."""
-        of_domain = self.rl.of(asked.domain)
-        if not of_domain.use_tools:
+        if not self._has_tools(asked):
             return []
         environment = self.environment(asked)
         if environment is not None:
             return environment.tools(problem_of(asked))
-        return open_tools(of_domain.tools.names, self.shared)
+        return open_tools(self.rl.tools.names, self.shared)
 
     def schemas(self, asked: Asked) -> list[dict[str, Any]]:
         """What the prompt says of its tools: the same for all problems of an environment and for all other prompts."""
-        if not self.rl.of(asked.domain).offers_tools:
+        if not self._has_tools(asked):
             return []
         if asked.env not in self._schemas:
             self._schemas[asked.env] = [tool.schema() for tool in self.tools(asked)]

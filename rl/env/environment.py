@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data.calls import ToolCall
 from rl.tools.tool import Tool
@@ -41,11 +41,13 @@ Solution = Generator[Said, Sequence[str], Said]  # yields messages with calls, i
 
 
 class Environment(ABC):
-    """Stateless and cheap to make: every process has one by name. What is dear (an index, a pool) is made once, where
-    it is first used."""
+    """Stateless and cheap to make: every process has one by name. What is dear (an index) is made once, where it is
+    first used. `pool`: of sandboxes (rl/sandbox), set by whoever opens a run where `wants_pool`."""
 
     name: ClassVar[str]
     max_level: ClassVar[int]
+    wants_pool: ClassVar[bool] = False
+    pool: Any = None
 
     @abstractmethod
     def problem_at(self, index: int, split: str, seed: int, level: int, share: float) -> EnvProblem:

@@ -324,6 +324,32 @@ def test_shares_of_two_rows_add_up_to_one_row(mean: str):
         assert sum(found[name].item() for _, found, _ in parts) == pytest.approx(value.item(), rel=1e-12), name
 
 
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_a_sample_of_two_rows_weighs_what_it_weighs_in_one(mean: str):
+    """Sequence 1 goes on as sequence 4, as where a context began anew: the same loss, gradient and metrics."""
+    whole = replace(random_tokens(), beta=torch.tensor([0.1, 0.3, 0.0, 0.2]))
+    settings, total = replace(OPEN, loss_mean=mean), totals(whole)
+    places = (whole.sequence == 1).nonzero().squeeze(1)
+    numbers = whole.sequence.clone()
+    numbers[places[len(places) // 3 :]] = 4
+    lengths = torch.bincount(whole.sequence[whole.sequence >= 0], minlength=4)
+    assert whole.beta is not None
+    parted = replace(
+        whole,
+        sequence=numbers,
+        num_sequences=5,
+        beta=torch.cat([whole.beta, whole.beta[1:2]]),
+        lengths=torch.cat([lengths, lengths[1:2]]),
+    )
+    results = [grpo_loss(tokens, settings, total) for tokens in (whole, parted)]
+    gradients = [torch.autograd.grad(result.loss, whole.logprobs)[0] for result in results]
+    torch.testing.assert_close(results[1].loss, results[0].loss)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert {n: float(v) for n, v in results[1].metrics.items()} == pytest.approx(
+        {n: float(v) for n, v in results[0].metrics.items()}
+    )
+
+
 def test_a_row_without_sequences_has_zero_loss_and_zero_gradient():
     logprobs = torch.zeros(8, requires_grad=True)
     tokens = PolicyTokens(logprobs, torch.zeros(8), torch.zeros(8), torch.full((8,), -1), 0)

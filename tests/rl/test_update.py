@@ -15,7 +15,7 @@ from conf.schema import DomainConfig, OptimConfig, ParallelConfig, RLConfig
 from model import Transformer
 from model.context import Context
 from rl.groups import Experience
-from rl.messages import RolloutRequest, Sample, Trace
+from rl.messages import CUT, RolloutRequest, Sample, TokenColumns, Trace, extended
 from rl.packing import empty_row, pack_samples
 from rl.reference import Reference
 from rl.rollout.native import NativeEngine
@@ -123,6 +123,65 @@ def test_with_what_the_sampler_did_repeated_the_trainer_agrees_with_it(way: str)
     if way.startswith("top"):
         without, _, _ = log_probs(net, samples, replace(rl, keep_sampling_mask=False))
         assert (without < theirs - 1e-3).sum() > 0.5 * len(theirs)  # the whole vocabulary: an off-policy trainer
+
+
+def with_results(net: Transformer, samples: list[Sample], rl: RLConfig) -> list[Sample]:
+    """The samples, cut after four tokens, told something, and gone on with."""
+    engine, short = NativeEngine(net, Numbers(), rl), []  # type: ignore[arg-type]
+    for sample in samples:
+        at = len(sample.request.prompt_ids) + 4
+        columns = {n: c if c is None else c[:at] for n, c in vars(sample.tokens).items()}
+        told = extended(TokenColumns(**columns), [5, 6, 7 + sample.request.sample_index, 8, 9, 10, 11], 0, 1)
+        short.append(replace(sample, tokens=told, finish_reason=CUT))
+    return engine.generate([], begun=short)
+
+
+def test_what_a_tool_said_is_read_and_not_learnt():
+    """Results stand in the row without a label; every token that was drawn, before and behind them, has the log-prob,
+    the words, the experts and the positions that the trainer finds there."""
+    rl, net = replace(RL, keep_selection=True, top_p=0.8), tiny.build()
+    samples = with_results(net, [s for s in draw(net, range(PROMPTS), rl) if s.num_sampled > 4], rl)
+    assert len(samples) > 6
+    for sample in samples:
+        tokens, prompt = sample.tokens, len(sample.request.prompt_ids)
+        assert tokens.loss_mask[prompt:] == [True] * 4 + [False] * 7 + [True] * (len(tokens) - prompt - 11)
+        assert tokens.turns[prompt:] == [0] * 4 + [1] * (len(tokens) - prompt - 4)
+        assert sample.text.split() == [str(i) for i in tokens.ids[prompt + 11 :] if i != 1]
+        assert tokens.routed_experts is not None and tokens.selected is not None
+        assert (tokens.routed_experts[:-1] >= 0).all() and (tokens.selected[:-1, :, 0] >= 0).all(), "results ran too"
+    mine, theirs, counts = log_probs(net, samples, rl)
+    assert len(mine) == sum(sample.num_sampled for sample in samples)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert all(same == counted > 0 for same, counted in counts.values())
+
+
+def test_luck_goes_on_behind_a_result():
+    """The n-th token of a sample is drawn by the n-th number of its seed, whatever stands in between."""
+    net = tiny.build()
+    first = draw(net, range(1))
+    again = [with_results(net, [s for s in first if s.num_sampled > 4], RL) for _ in range(2)]
+    assert again[0] == again[1]
+    others = [replace(s, request=replace(s.request, seed=s.request.seed + 1)) for s in first]
+    changed = with_results(net, [s for s in others if s.num_sampled > 4], RL)
+    assert [s.tokens.ids for s in changed] != [s.tokens.ids for s in again[0]]
+
+
+def test_rows_of_a_sample_are_trained_on_as_one():
+    """Packed as two sequences in rows of their own, with the length of both; its trace is that of both."""
+    net = tiny.build()
+    samples = draw(net, range(2))
+    forked = replace(samples[0], earlier=(samples[4].tokens, samples[5].tokens))
+    rows = pack_samples([samples[1], forked], [1.0, -1.0], 32)
+    packed = [pair for row in rows for pair in row.packed]
+    assert sorted(packed) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    for row in rows:
+        for number, (place, part) in enumerate(row.packed):
+            sample = (samples[1], forked)[place]
+            drawn = row.sequence == number
+            assert row.lengths[number] == sample.num_sampled
+            ids = [i for i, m in zip(sample.rows[part].ids, sample.rows[part].loss_mask, strict=True) if m]
+            assert row.labels[drawn].tolist() == ids and set(row.advantages[drawn].tolist()) == {1.0 - 2 * place}
+    assert forked.num_sampled == sum(s.num_sampled for s in (samples[0], samples[4], samples[5]))
 
 
 def test_other_weights_keep_routes_and_selections_where_they_are_told_to():
