@@ -2,7 +2,8 @@
 wrote it; `python launch/samples.py RUN` makes a page of it.
 
 A row has what the sample is, how it was graded, and `per_token`: lists over the sampled tokens, of the sampler and of
-the update that trained on it (null where none did). Like metrics.jsonl the file is cut back to the checkpoint on
+the update that trained on it (null where none did). What stands between sampled tokens is `per_token.between`: tool
+results, and the context where it began anew. Like metrics.jsonl the file is cut back to the checkpoint on
 resume, so each iteration's samples appear once.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ FILE_NAME = "samples.jsonl"
 TABLE = "samples"  # the tracker's
 COLUMNS = (  # of the table: all but the lists over tokens
     *("domain", "prompt", "answer", "text", "reward", "reward_parts", "advantage", "finish_reason", "tokens", "rubric"),
+    *("env", "num_calls"),
     *("prompt_index", "sample_index", "group_size", "group_reward", "weight_versions"),
     *("max_log_ratio", "clip_frac", "off_policy_kl", "off_policy_masked"),
 )
@@ -78,7 +81,8 @@ def sample_row(
 ) -> dict[str, Any]:
     """What is shown of a sample. Reward and advantage are null where a grader failed or the group was left out, what
     the update saw where it was not trained on. `group`: the rewards of all samples of its prompt."""
-    request, tokens = sample.request, sample.tokens
+    request = sample.request
+    pieces, between = _pieces(sample, tokenizer)
     graded = [reward for reward in group if reward is not None]
     log_ratios = [abs(math.log(ratio)) for ratio in trace.ratios if 0 < ratio < math.inf] if trace else []
     return {
@@ -94,19 +98,24 @@ def sample_row(
         else reward_terms(sample.reward_parts, rl.of(request.domain)),  # sum: `reward`
         "advantage": advantage,
         "finish_reason": sample.finish_reason,
+        "env": request.env or None,
+        "num_calls": len(sample.calls),
+        "calls": [{**asdict(call), "seconds": _short(call.seconds)} for call in sample.calls],
+        "verdict_error": sample.verdict_error or None,
         "tokens": sample.num_sampled,
         "prompt_index": request.prompt_index,
         "sample_index": request.sample_index,
         "group_size": len(group),
         "group_reward": sum(graded) / len(graded) if graded else None,
-        "weight_versions": sorted(set(compress(tokens.weight_versions, tokens.loss_mask))),
+        "weight_versions": sorted(set(_sampled(sample, "weight_versions"))),
         "max_log_ratio": _short(max(log_ratios)) if log_ratios else None,
         "clip_frac": _short(sum(trace.clipped) / len(trace.clipped)) if trace else None,
         "off_policy_kl": _short(trace.off_policy_kl) if trace else None,
         "off_policy_masked": trace.masked if trace else None,
         "per_token": {
-            "text": _pieces(sample, tokenizer),
-            "behaviour_logprobs": [_short(p) for p in compress(tokens.behaviour_logprobs, tokens.loss_mask)],
+            "text": pieces,
+            "between": between,
+            "behaviour_logprobs": [_short(p) for p in _sampled(sample, "behaviour_logprobs")],
             "logprobs": [_short(p) for p in trace.logprobs] if trace else None,
             "ratios": [_short(ratio) for ratio in trace.ratios] if trace else None,
             "clipped": trace.clipped if trace else None,
@@ -120,26 +129,51 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """Text of each sampled token: none for the end of sequence and what a stop string cut off; null where they are not
-    the text that was graded."""
+def _sampled(sample: Sample, column: str) -> list[Any]:
+    """A column of the sampled tokens of all rows."""
+    return [value for row in sample.rows for value in compress(getattr(row, column), row.loss_mask)]
+
+
+def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str] | None, list[dict[str, Any]]]:
+    """Text of each sampled token: none for the ends of sequence and what a stop string cut off; null where they are not
+    the text that was graded. And what stands between them: `before` which sampled token, its `text`, whether it
+    begins a `row`."""
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    ids = list(compress(sample.tokens.ids, sample.tokens.loss_mask))
-    ended = ids[-1:] == [tokenizer.eos_token_id]
+    found: list[str] = []
+    between: list[dict[str, Any]] = []
+    texts = iter(sample.said or (sample.text,))
+    for number, row in enumerate(sample.rows):
+        last = 0 if number else len(sample.request.prompt_ids)
+        for first, stop in row.messages():
+            if first > last:
+                opens = number > 0 and last == 0
+                between.append({"before": len(found), "text": decode(row.ids[last:first]), "row": opens})
+            pieces = _message_pieces(row.ids[first:stop], next(texts), tokenizer.eos_token_id, decode)
+            if pieces is None:
+                return None, []
+            found, last = found + pieces, stop
+    return found, between
+
+
+def _message_pieces(
+    ids: list[int], text: str, eos_id: int | None, decode: Callable[[list[int]], str]
+) -> list[str] | None:
+    ended = ids[-1:] == [eos_id]
     pieces = text_pieces(ids[:-1] if ended else ids, decode) + [""] * ended
-    if not "".join(pieces).startswith(sample.text):
+    if not "".join(pieces).startswith(text):
         return None
     ends = accumulate(map(len, pieces))
-    return [piece[: max(0, len(sample.text) - end + len(piece))] for piece, end in zip(pieces, ends, strict=True)]
+    return [piece[: max(0, len(text) - end + len(piece))] for piece, end in zip(pieces, ends, strict=True)]
 
 
 def _kept(sample: Sample) -> list[int | None] | None:
     """Words that were in the running for each sampled token, null for all of them; null where no word ever was out."""
-    sets = sample.tokens.kept_sets
-    sizes = [len(kept) or None for kept in compress(sets, sample.tokens.loss_mask)] if sets is not None else []
+    if any(row.kept_sets is None for row in sample.rows):
+        return None
+    sizes = [len(kept) or None for kept in _sampled(sample, "kept_sets")]
     return sizes if any(sizes) else None
 
 
