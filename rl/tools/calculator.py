@@ -22,7 +22,7 @@ MAX_BITS = MAX_DIGITS * 3322 // 1000  # log2(10) = 3.3219...
 MAX_PLACES = 30  # behind the point; longer decimals are printed as fractions
 ALLOWED = re.compile(r"[0-9.eE+\-*/%() \t\n]*")
 EXPONENT = re.compile(r"[eE][+-]?([0-9]+)")
-SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})  # noqa: RUF001
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
 class Calculator(Tool):

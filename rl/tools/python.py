@@ -93,7 +93,7 @@ class PythonTool(Tool):
     def _told(self, outcome: Outcome) -> str:
         """The result. ToolError: the call had no orderly end."""
         shown = [outcome.output.rstrip("\n")] if outcome.output.strip() else []
-        if outcome.error is not None and outcome.error not in outcome.output:
+        if outcome.error is not None and outcome.error.rstrip(": ") not in outcome.output:
             shown.append(outcome.error)
         state = "variables and imports are lost, the next call starts afresh" if outcome.killed else "the state is kept"
         if outcome.timed_out:

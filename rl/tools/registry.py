@@ -22,7 +22,7 @@ INTERRUPT_S = 3.0  # that python's own deadline comes before the runner's, which
 
 def _python(shared: Shared) -> Tool:
     seconds = shared.config.timeout_s
-    return PythonTool(shared.pool(), seconds - min(INTERRUPT_S, 0.1 * seconds), shared.config.max_calls)
+    return PythonTool(shared.pool(), seconds - min(INTERRUPT_S, 0.25 * seconds), shared.config.max_calls)
 
 
 BUILT_IN: dict[str, Callable[[Shared], Tool]] = {

@@ -87,10 +87,11 @@ def _open_source(config: ToolsConfig) -> Source:
 
 
 def _open_pool(config: ToolsConfig) -> Any:
-    """The one place that knows how a pool is made. UserError: the machine cannot protect itself (rl/sandbox)."""
+    """The one place that knows how a pool is made and opened. UserError: no protection on this machine (rl/sandbox)."""
     from rl.sandbox import Limits, SandboxPool
 
-    return SandboxPool(Limits(timeout_s=config.timeout_s, memory_mib=config.sandbox_memory_mib), mode=config.sandbox)
+    limits = Limits(timeout_s=config.timeout_s, memory_mib=config.sandbox_memory_mib)
+    return SandboxPool(limits, mode=config.sandbox).open()
 
 
 def _close_pool(pool: Any) -> None:
