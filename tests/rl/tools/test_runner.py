@@ -22,6 +22,7 @@ from rl.tools.runner import CallLimits, CallRecord, ToolBox
 from rl.tools.submit import Submit
 from rl.tools.tool import Tool, ToolError
 from tests.rl.tools.own_tools import Anything, BadSchema, Deaf, Echo, Raises, Returns, Slow
+from tests.rl.tools.test_http_search import Reply, serve
 
 
 def play(tools: Sequence[Tool], *calls: ToolCall, limits: CallLimits | None = None) -> list[CallRecord]:
@@ -255,10 +256,13 @@ def test_mistakes_of_users() -> None:
 
 
 def test_a_schema_fetches_nothing() -> None:
-    class Remote(Anything):
-        parameters = {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}}
+    with serve(lambda number: Reply({"type": "integer"})) as endpoint:
 
-    (record,) = play([Remote()], ToolCall("anything", {"a": 1}))
+        class Remote(Anything):
+            parameters = {"type": "object", "properties": {"a": {"$ref": endpoint.url}}}
+
+        (record,) = play([Remote()], ToolCall("anything", {"a": 1}))
+        assert endpoint.asked == []
     assert record.error and "Unresolvable" in record.result
 
 
