@@ -98,10 +98,10 @@ class ProgramsEnvironment(Environment):
 
     name = "programs"
     max_level = 3
+    wants_pool = True
 
     def __init__(self, all_or_nothing: bool = True) -> None:
         self.all_or_nothing = all_or_nothing
-        self.pool: Any = None
 
     def problem_at(self, index: int, split: str, seed: int, level: int, share: float) -> EnvProblem:
         return draw(self.name, _make, index, split, seed, level, share)

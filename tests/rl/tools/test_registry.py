@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from conf.errors import UserError
+from conf.schema import ToolsConfig
 from data.calls import ToolCall
 from rl.tools import search, shared
 from rl.tools.python import PythonTool
 from rl.tools.registry import open_tools
 from rl.tools.runner import CallLimits, ToolBox
-from rl.tools.shared import Shared, ToolsConfig
+from rl.tools.shared import Shared
 from tests.rl.tools.own_tools import Echo
 from tests.rl.tools.test_python_tool import Execution, FakePool
 
