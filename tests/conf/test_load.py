@@ -147,7 +147,7 @@ def test_environment_and_other_keys_can_be_interpolated(monkeypatch: pytest.Monk
         ("rl.domains.math.beat=1", ["unknown key rl.domains.math.beat", "did you mean rl.domains.math.beta?"]),
         (
             "rl.domains.math=1",
-            ["unknown key rl.domains.math", "it is a section, set one of its keys: path, tasks, share"],
+            ["unknown key rl.domains.math", "it is a section, set one of its keys: path, tasks, env"],
         ),
         ("rl.domains.math.beta=x", ["rl.domains.math.beta='x'", "a finite number"]),
         ("data.path=a\nb", ["a\\nb", "line break"]),

@@ -111,7 +111,7 @@ def test_speciale_runs_on_the_full_model_as_it_stands() -> None:
     judge = ["rl.judge_url=http://host/v1", "rl.judge_model=m", "rl.path=rows.jsonl"]
     for name, more in (("speciale", []), ("speciale_proof", judge)):
         config = load(["+stage=grpo", "model=deepseek_v3_2", f"rl={name}", *more]).config
-        assert violations(config) == [] and config.rl.max_new_tokens >= 64 * 1024 and not config.rl.tools
+        assert violations(config) == [] and config.rl.max_new_tokens >= 64 * 1024 and not config.rl.use_tools
         assert config.rl.length_penalty < load(["+stage=grpo"]).config.rl.length_penalty
     assert (config.rl.of("proof").outcome, config.rl.of("math").outcome) == ("proof", "math_verify")
 

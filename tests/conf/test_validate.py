@@ -57,7 +57,56 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             " Hadamard transform needs a power of two; give such a width or ops.fp8_index=false",
         ),
         ("ops.workspace_mib=0", "ops.workspace_mib=0 is too small: give 1 or more"),
-        ("rl.tools=true", "rl.tools=true is not supported yet: use rl.tools=false"),
+        ("rl.tools.reasoning=v3", "rl.tools.reasoning=v3 is not known: did you mean v3_2?"),
+        (
+            "rl.tools.sandbox=off",
+            "rl.tools.sandbox=off is not known: valid: auto, bubblewrap, namespaces,"
+            " unprotected_model_code_runs_as_me",
+        ),
+        ("rl.tools.context_share=1", "rl.tools.context_share=1 is outside (0, 1): give a value inside"),
+        ("rl.tools.max_turns=0", "rl.tools.max_turns=0 is too small: give 1 or more"),
+        ("rl.env=serch rl.outcome=environment", "rl.env=serch is not known: did you mean search?"),
+        ("rl.env=search:4 rl.outcome=environment", "rl.env=search:4 has no such level: give search:1 to search:3"),
+        ("rl.env=verifiers rl.outcome=environment", "rl.env=verifiers names no taskset: give verifiers:ID"),
+        (
+            "rl.env=search",
+            "rl.env=search has a verifier of its own: give rl.outcome=environment instead of exact_match",
+        ),
+        (
+            "rl.outcome=environment",
+            "rl.outcome=environment has no environment to ask: give rl.env=NAME, or another outcome",
+        ),
+        (
+            "rl.env=search rl.outcome=environment rl.path=x.jsonl",
+            "rl.path=x.jsonl is not read beside rl.env=search: leave one of them out",
+        ),
+        (
+            "rl.env=search rl.outcome=environment rl.rollout_tokens=8",
+            "rl.rollout_tokens=8 would cut a trajectory in the middle, whose tools no checkpoint can keep: set it to"
+            " null",
+        ),
+        (
+            "rl.env=search rl.outcome=environment rl.stop=[x]",
+            "rl.stop would end a message before its end of sequence, behind which tools answer: leave it out",
+        ),
+        (
+            "rl.env=search rl.outcome=environment rl.rollout_copy=false parallel.zero=3",
+            "rl.rollout_copy=false has all ranks decode in step, and trajectories with tools have not the same number"
+            " of messages: give rl.rollout_copy=true",
+        ),
+        (
+            "rl.tools.names=[open]",
+            "rl.tools.names has open and nothing to look in: give rl.tools.corpus=FILE or"
+            " rl.tools.search_url=http://HOST/search",
+        ),
+        (
+            "rl.tools.names=[search] rl.tools.corpus=a.jsonl rl.tools.search_url=http://h",
+            "rl.tools.corpus and rl.tools.search_url are both given: search looks in one of them",
+        ),
+        (
+            "rl.domains={a:{env:search:1,outcome:environment},b:{env:tickets:9,outcome:environment}}",
+            "domain b: rl.env=tickets:9 has no such level: give tickets:1 to tickets:4",
+        ),
         (
             "rl.keep_selection=true rl.record_selection=false",
             "rl.keep_selection=true has nothing to repeat with rl.record_selection=false: set that to true as well",
@@ -204,13 +253,12 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ),
         (
             "rl.domains={a:{tasks:[words]},b:{}}",
-            "rl.domains.b has no prompts while others bring theirs: give it a path or tasks as well",
+            "rl.domains.b has no prompts while others bring theirs: give it a path, tasks or env as well",
         ),
         (
             "rl.domains={a:{share:2}}",
             "rl.domains.a.share=2 cannot choose among the rows of one file: leave it out, or give every domain"
-            " a path or"
-            " tasks of its own",
+            " a path, tasks or env of its own",
         ),
         (
             "rl.domains={a:{tasks:[words],share:0}}",
@@ -363,12 +411,12 @@ def test_offload_moves_nothing_where_nothing_trains() -> None:
 
 
 def test_all_violations_are_reported_at_once_a_line_each() -> None:
-    argv = "train.steps=0 rl.tools=true model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
+    argv = "train.steps=0 model.tie_word_embeddings=true model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
     messages = found(*argv)
     assert [message.split("=")[0] for message in messages] == [
         "kernels",
         "train.steps",
-        "rl.tools",
+        "model.tie_word_embeddings",
         "data.source",
         "model.n_routed_experts",
         "rl.group_size",
