@@ -411,7 +411,8 @@ def test_offload_moves_nothing_where_nothing_trains() -> None:
 
 
 def test_all_violations_are_reported_at_once_a_line_each() -> None:
-    argv = "train.steps=0 model.tie_word_embeddings=true model.n_group=3 rl.group_size=1 data.source=files kernels=nvcc".split()
+    argv = "train.steps=0 model.tie_word_embeddings=true model.n_group=3 rl.group_size=1 data.source=files"
+    argv = [*argv.split(), "kernels=nvcc"]
     messages = found(*argv)
     assert [message.split("=")[0] for message in messages] == [
         "kernels",
