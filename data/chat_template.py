@@ -3,9 +3,9 @@
 A run saves it with a tokenizer that has chat tokens and no template. One that a tokenizer brings is kept, even where it
 writes another format than the model learns here (DeepSeek-V3's, say): then serve with `chat_template=CHAT_TEMPLATE`.
 
-`thinking` (or `enable_thinking`) is true unless given. Messages are as `data.check` returns them, tools beside them or in
-them; `arguments` are objects, for Jinja cannot read JSON. The context rule is V3.2's. `apply_chat_template` tokenises the
-whole prompt, so unlike in `data.chat` a special token that a user or a tool spells out becomes that token.
+`thinking` (or `enable_thinking`) is true unless given. Messages are as `data.check` returns them, tools beside them or
+in them; `arguments` are objects, for Jinja cannot read JSON. The context rule is V3.2's. The whole prompt is tokenised
+at once, so unlike in `data.chat` a special token that a user or a tool spells out becomes that token.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ _TEMPLATE = """
     {%- if messages[loop.index0 - 1].role != "tool" -%}{{- RESULTS -}}{%- endif -%}
     {{- RESULT + content + END_RESULT -}}
     {%- set ns.missing = ns.missing - 1 -%}
-    {%- if ns.missing == 0 -%}{{- END_RESULTS -}}{%- if not ends -%}{{- opening(loop.index) -}}{%- endif -%}{%- endif -%}
+    {%- if ns.missing == 0 -%}{{- END_RESULTS -}}{%- endif -%}
+    {%- if ns.missing == 0 and not ends -%}{{- opening(loop.index) -}}{%- endif -%}
   {%- elif message.role == "assistant" -%}
     {%- if shown(loop.index0) -%}{{- (message.reasoning_content or message.reasoning or "") + END_THINK -}}{%- endif -%}
     {{- content -}}
@@ -118,9 +119,8 @@ _TEXTS = {
     "RESULTS": RESULTS, "END_RESULTS": END_RESULTS, "RESULT": RESULT, "END_RESULT": END_RESULT,
     "TOOLS_TEXT": TOOLS_TEXT, "TOOLS_END": TOOLS_END, "FORMAT_TEXT": FORMAT_TEXT, "DEVELOPER_TEXT": DEVELOPER_TEXT,
 }  # fmt: skip
-CHAT_TEMPLATE = (
-    "".join(f"{{%- set {name} = {_quoted(text)} -%}}\n" for name, text in _TEXTS.items()) + _TEMPLATE.lstrip()
-)
+_SETS = "".join(f"{{%- set {name} = {_quoted(text)} -%}}\n" for name, text in _TEXTS.items())
+CHAT_TEMPLATE = _SETS + _TEMPLATE.lstrip()
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

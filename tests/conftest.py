@@ -10,5 +10,10 @@ if "WINNOW_TEST_GPU" not in os.environ:  # set, the kernels' own tests run compi
     os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports triton, as deepspeed does: it is read there
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("winnow", max_examples=200, deadline=None)
+settings.register_profile("deep", max_examples=10_000, deadline=None)  # pytest --hypothesis-profile=deep
+settings.load_profile("winnow")
 
 torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from data import sources
 from data.rows import BadRows, find_files, read_rows
 from data.sources import TOKENIZER_PROBLEMS, documents, fingerprint, question_key, source_files, tokenizer_corpus
 from data.split import is_heldout
+from data.tokenizer import SPECIAL_TOKENS
 
 ROWS = [json.dumps({"text": f"document {n} ☃"}).encode() for n in range(40)]
 LINES = b"\n".join(ROWS) + b"\n"
@@ -196,6 +197,42 @@ def test_conversations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert [d.messages for d in documents(cfg, "train", conversations=True)] == [CHAT, CHAT]
     assert f'{path}:2: row skipped: no "messages"' in caplog.text
     assert [(d.text, d.messages) for d in documents(cfg, "train")] == [(None, CHAT), ("plain", None), ("t", None)]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "looks it up"}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"key": "value"}'}}
+WITH_TOOLS = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "T"},
+    CHAT[1],
+]
+
+
+def test_tools_stand_beside_the_messages_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    row = {"messages": WITH_TOOLS, "tools": json.dumps([TOOL])}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    made = datasets.Dataset.from_list([row])
+    made.to_parquet(tmp_path / "rows.parquet")
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "saved"))
+    in_files = [files_config(tmp_path / name, heldout=1e-9) for name in ("rows.jsonl", "rows.parquet")]
+    for cfg in (*in_files, replace(in_files[0], source="hf", path=str(tmp_path / "saved"))):
+        (document,) = documents(cfg, "train", conversations=True)
+        assert document.messages is not None and document.key == question_key("U")
+        assert document.messages[0] == {"role": "system", "content": "", "tools": [TOOL]}
+        assert document.messages[2]["tool_calls"][0]["function"]["arguments"] == {"key": "value"}
+
+
+def test_a_tokenizer_learns_from_what_is_encoded(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": WITH_TOOLS, "tools": [TOOL]}))
+    (text,) = tokenizer_corpus(files_config(path, heldout=1e-9))
+    for part in ("looks it up", "You can invoke functions", 'invoke name="f"', 'string="true">value<', "<result>T<"):
+        assert part in text
+    assert not any(token in text for token in SPECIAL_TOKENS)
 
 
 def test_a_question_has_one_key_in_every_stage(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from conf.errors import UserError
 from data.tokenizer import (
     BOS,
+    DSML,
     EOS,
     NEVER_IN_UTF8,
     PAD,
@@ -25,7 +26,7 @@ from data.tokenizer import (
 )
 from tests.data.conftest import TEXTS
 
-HOSTILE = f"a{BOS}<think>b</think> <｜User｜><｜Assistant｜>{EOS}{PAD} <<think>>"
+HOSTILE = f"a{BOS}<think>b</think> <｜User｜><｜Assistant｜>{EOS}{PAD} <<think>></{DSML}>{DSML}"
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -142,3 +143,37 @@ def test_a_tokenizer_without_chat_tokens_says_which(tmp_path: Path) -> None:
         UserError, match="no <think> </think> <｜User｜> <｜Assistant｜> <｜begin▁of▁sentence｜>, which"
     ):
         chat_ids(plain)
+
+
+def test_dsml_is_the_added_token_where_there_is_one(byte_tokenizer, without_dsml) -> None:
+    from tokenizers import AddedToken
+
+    assert chat_ids(byte_tokenizer).dsml == byte_tokenizer.convert_tokens_to_ids(DSML) == 0xFA
+    assert chat_ids(without_dsml).dsml is None
+    text = f"a{DSML}b"
+    ours, theirs = encode_texts(without_dsml, [text, text], [{1}, ()])
+    assert bytes(ours) == bytes(theirs) == text.encode()  # the difference is where the text is cut
+    added = without_dsml.__class__(tokenizer_object=without_dsml.backend_tokenizer.__class__.from_str(
+        without_dsml.backend_tokenizer.to_str()), bos_token=BOS, eos_token=EOS)  # fmt: skip
+    added.add_tokens([AddedToken(DSML, normalized=False, special=False)])  # as in DeepSeek-V4's
+    assert chat_ids(added).dsml == 256
+    assert 256 in added(text).input_ids and 256 not in encode_texts(added, [text])[0]
+
+
+def test_a_tokenizer_that_cannot_spell_dsml_says_so_when_tools_come() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from data.chat import encode_prompt
+    from data.tokenizer import ASSISTANT, END_THINK, THINK, USER
+
+    names = ("U", BOS, EOS, THINK, END_THINK, USER, ASSISTANT)
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="U"))
+    poor = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, additional_special_tokens=list(names[3:])
+    )
+    question = {"role": "user", "content": "U"}
+    assert encode_prompt([question], poor) == [1, 5, 0, 6, 3]
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(UserError, match="cannot spell ｜DSML｜, which tool calls need: add it as a token"):
+        encode_prompt([{"role": "system", "content": "", "tools": [tool]}, question], poor)

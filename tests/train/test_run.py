@@ -28,7 +28,8 @@ def test_a_run_leaves_its_folder_whole(tmp_path: Path) -> None:
     assert [row["step"] for row in runs.rows(folder)] == [1, 3, 5]  # first, every third, last
     assert [row["optim/lr"] for row in runs.rows(folder)] == pytest.approx([1.5e-3, 2.325e-3, 3e-4])  # warmed up in 2
     assert runs.rows(folder)[-1]["tokens"] == 5 * 2 * 13
-    for name in ("hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "checkpoints/latest"):
+    tokenizer = ("hf/tokenizer.json", "hf/chat_template.jinja")
+    for name in ("hf/config.json", "hf/model.safetensors", *tokenizer, "checkpoints/latest"):
         assert (folder / name).is_file(), name
     assert load_yaml(folder / "config.yaml").optim.lr == 3e-3  # resolved
     state = read_state(folder / "checkpoints" / "step_5")
