@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Ints = list[int]
+LONGEST_WINDOW = 12  # of numbers that are taken together: a list of integers has as many, where k does
 
 
 def sum_of_multiples(numbers: Ints, k: int) -> int:
@@ -128,7 +129,8 @@ def repeat_last(numbers: Ints, k: int) -> Ints:
 
 
 def _numbers(rng: random.Random, k: int) -> str:
-    return " ".join(str(rng.randint(0, 60)) for _ in range(rng.randint(max(4, k), max(4, k) + 8)))
+    least = max(4, min(k, LONGEST_WINDOW))
+    return " ".join(str(rng.randint(0, 60)) for _ in range(rng.randint(least, least + 6)))
 
 
 def _near_pairs(rng: random.Random, k: int) -> str:
@@ -160,7 +162,7 @@ FAMILIES = (
     Family(sum_of_multiples, "Print the sum of those that {k} divides.", range(2, 20)),
     Family(count_above, "Print how many are greater than {k}.", range(5, 55)),
     Family(rotate_left, "Print them rotated to the left by {k} places.", range(1, 20)),
-    Family(every_kth, "Print every {k}th of them, beginning with number {k}.", range(4, 12)),
+    Family(every_kth, "Print those whose place {k} divides, the first place is 1.", range(4, 12)),
     Family(sort_by_remainder, "Print them sorted by their remainder by {k}, equal remainders by size.", range(3, 30)),
     Family(pairs_with_sum, "Print how many pairs of places have the sum {k}.", range(5, 40), inputs=_near_pairs),
     Family(best_window, "Print the greatest sum of {k} neighbours.", range(2, 12)),
@@ -179,7 +181,7 @@ FAMILIES = (
     ),
     Family(
         take_columns,
-        "Print every {k}th letter from the first on, from the second, and so on.",
+        "Print its letters in steps of {k}: from the first on, then from the second, and so on.",
         range(2, 9),
         "line",
         _runs,
@@ -199,6 +201,6 @@ STEPS = (
 FOLDS = (
     Family(sum_of_multiples, "print the sum of those that {k} divides", range(2, 6)),
     Family(count_above, "print how many are greater than {k}", range(5, 55)),
-    Family(every_kth, "print every {k}th, beginning with number {k}", range(2, 4)),
+    Family(every_kth, "print those whose place {k} divides, the first place is 1", range(2, 4)),
     Family(powers_modulo, "print the remainder of each one's cube by {k}", range(5, 60)),
 )

@@ -5,7 +5,7 @@
 
 The answer is the program's source, alone or in a fenced block (the last one counts). It reads standard input; the tests
 run it in a fresh process of the sandbox each, which is given a test's input and never what is expected, and compare
-what it prints (standard error included) line by line.
+what it prints line by line; it must end with status 0.
 
 Whoever opens a run sets `pool`, a rl.sandbox.SandboxPool, on the environment; nothing else needs it.
 """
@@ -35,6 +35,7 @@ READS = {
 STEPS_OF = {2: 2, 3: 4}  # level -> steps before the last
 LIST_SIZE = 6  # least numbers in an input of levels 2 and 3
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_ANNOTATED, _RETURNS = re.compile(r"(\w+): (?:Ints|int|str)(?=[,)])"), re.compile(r" -> \w+:")
 THOUGHTS = ("Write it as functions and try the example.", "I write it and try it on the example.", "Try the example.")
 GOOD = ("It prints {} as it should.", "{}, as in the example; done.")
 
@@ -64,7 +65,7 @@ def _source(chain: Sequence[tuple[Family, int]]) -> tuple[str, str]:
     expression = READS[chain[0][0].reads][1]
     for family, k in chain:
         expression = f"{family.run.__name__}({expression}, {k})"
-    source = "\n\n\n".join(functions.values()).replace("numbers: Ints", "numbers").replace(" -> Ints", "")
+    source = _RETURNS.sub(":", _ANNOTATED.sub(r"\1", "\n\n\n".join(functions.values())))
     star = "*" if inspect.signature(chain[-1][0].run).return_annotation == "Ints" else ""
     return source, f"print({star}{expression})"
 
@@ -81,9 +82,8 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
     inputs = [families[0].inputs(rng, size) for _ in range(NUM_TESTS + 1)]
     example, *tests = [(text, _run(chain, text)) for text in inputs]
     outputs = {output for _, output in tests}
-    copied = sum(text == output for text, output in tests)
-    if len(outputs) < NUM_TESTS // 2 or copied > NUM_TESTS // 2 or example in tests:
-        return None  # no program may pass by always printing the same, its input or the example
+    if len(outputs) < NUM_TESTS // 2 or example in tests:
+        return None  # no program may pass by always printing the same
     if not example[1] or any(not output.strip() for output in outputs):
         return None
     prompt = f"{READS[families[0].reads][0]} {task} Example: {example[0]} gives {example[1]}. Answer with a program."

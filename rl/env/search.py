@@ -208,7 +208,7 @@ def _read(
     world: World, entities: Sequence[str], thought: str, rng: random.Random
 ) -> Generator[Said, Sequence[str], bool]:
     """Searches and opens the documents of `entities`, several at once. False where one is not found."""
-    searches = (ToolCall("search", {"query": entity, "num_results": 2}) for entity in entities)
+    searches = (ToolCall("search", {"query": entity, "num_results": 1}) for entity in entities)
     results = yield Said(thought, calls=tuple(searches))
     ids = [world.ids[entity] for entity in entities]
     if not all(one in result for one, result in zip(ids, results, strict=True)):

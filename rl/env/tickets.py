@@ -29,8 +29,9 @@ EVENTS = ("opera", "jazz", "chess", "drama", "dance", "films")
 PEOPLE = ("Ann", "Ben", "Eva", "Max", "Ida", "Tom")
 DAYS = ("mon", "tue", "wed")
 ROWS = "ABC"  # the dearest first
-PLAIN = ("any", "cheapest", "cancel", "refund")
-CONDITIONED = ("limit", "day", "pair", "dearest", "move")
+PLAIN: tuple[str, ...] = ("any", "cheapest", "cancel", "refund")
+CONDITIONED: tuple[str, ...] = ("limit", "day", "pair", "dearest", "move")
+KINDS = {1: [PLAIN], 2: [CONDITIONED], 3: [PLAIN, CONDITIONED], 4: [PLAIN, CONDITIONED, CONDITIONED]}
 BEGINS = ("First the events.", "Which events are there?", "List the events.")
 
 
@@ -91,7 +92,7 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
     if level == 3 and rng.random() < 0.5:
         wanted = [("refund", customers[0]), ("dearest", customers[0])]
     else:
-        kinds: list[tuple[str, ...]] = {1: [PLAIN], 2: [CONDITIONED], 3: [PLAIN, CONDITIONED], 4: [PLAIN, CONDITIONED, CONDITIONED]}[level]
+        kinds = KINDS[level]
         wanted = [(rng.choice(kind), customer) for kind, customer in zip(kinds, customers, strict=False)]
     goals: list[Goal] = []
     used: set[str] = set()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conf.errors import UserError
+from rl.env import programs
 from rl.env.program_families import FAMILIES, FOLDS, STEPS
 from rl.env.programs import STEPS_OF, ProgramsEnvironment, program_of
 from rl.env.registry import ENVIRONMENTS
@@ -57,7 +58,7 @@ def test_every_family_is_drawn_and_its_program_prints_the_example() -> None:
     for problem in problems("programs", 1, 300) + problems("programs", 2, 100):
         state = json.loads(problem.state)
         text, expected = state["example"]
-        assert f"Example: {text} gives {expected}." in problem.prompt
+        assert f"Example: {text} gives {expected}." in problem.prompt and len(problem.prompt) < 700
         program = f"import sys\n{state['functions']}\n{state['line'].format('sys.stdin.read()')}"
         assert run_here(program, f"{text}\n").output == f"{expected}\n"
         drawn |= set(problem.key.removeprefix("programs:").split("/"))
@@ -115,16 +116,27 @@ def test_the_last_fenced_block_is_the_program() -> None:
         assert program_of(nothing) == ""
 
 
-def test_a_slow_or_failing_program_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_or_failing_program_is_wrong_whatever_it_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems("programs", 1, 1)[0]
-    expected = json.loads(problem.state)["tests"][0][1]
-    for bad in (Execution(expected, timed_out=True), Execution(expected, error="ValueError: x"), Execution("")):
+    right = {f"{text}\n": output for text, output in json.loads(problem.state)["tests"]}
+    ends: list[tuple[dict[str, Any], float]] = [
+        ({}, 1.0),
+        ({"timed_out": True}, 0.0),
+        ({"error": "ValueError: x"}, 0.0),
+    ]
+    for end, expected in ends:
 
-        async def ran(*_: Any, bad: Execution = bad) -> Execution:
-            return bad
+        async def ran(pool: Any, source: str, stdin: str, timeout_s: float, end: Any = end) -> Execution:
+            return Execution(f"{right[stdin]} \n\n", **end)
 
         install(monkeypatch, ran)
-        assert asyncio.run(verdict(PROGRAMS, problem, "print(1)")) == 0.0
+        assert asyncio.run(verdict(PROGRAMS, problem, "print(1)")) == expected
+
+
+def test_printing_the_input_is_right_in_half_of_the_tests_at_most() -> None:
+    for problem in problems("programs", 1, 1000):
+        tests = json.loads(problem.state)["tests"]
+        assert sum(text == output for text, output in tests) <= len(tests) // 2, problem.prompt
 
 
 def test_without_a_pool_it_is_our_own_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,17 +150,17 @@ def test_in_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the pool is the real one
     from rl.sandbox import Limits, SandboxPool
 
+    monkeypatch.setattr(programs, "TIMEOUT_S", 1.0)
     environment = ProgramsEnvironment()
 
     async def check() -> None:
         async with SandboxPool(Limits(), mode="auto") as pool:
             environment.pool = pool
-            for problem in problems("programs", 1, 3) + problems("programs", 2, 2):
+            for problem in problems("programs", 1, 2) + problems("programs", 2, 1):
                 trace = await play(environment, problem)
                 assert trace.verdict == 1.0, trace.messages
                 assert await environment.verify(problem, "while True: pass", []) == 0.0
-                stolen = "import gc, sys\nprint([x for x in gc.get_objects() if isinstance(x, list)][:1])"
-                assert await environment.verify(problem, stolen, []) == 0.0
+                assert await environment.verify(problem, "import os\nos.kill(os.getppid(), 9)", []) == 0.0
 
     try:
         asyncio.run(check())

@@ -13,6 +13,7 @@ import pytest
 from rl.env.registry import ENVIRONMENTS
 from rl.env.ticket_goals import Goal, solved, words
 from rl.env.ticket_world import Booking, Customer, Event, World, tools_of
+from rl.env.tickets import _worth
 from rl.tools.tool import Tool, ToolError
 from tests.rl.env.test_environments import problems
 
@@ -169,6 +170,20 @@ def test_each_constraint_has_a_trajectory_that_breaks_it(
     for calls in [[], *wrong]:
         assert not solved(office(), after(calls), goals), calls
     assert all(words(office(), goal).endswith(".") for goal in goals)
+
+
+def test_a_task_must_have_a_way_and_need_it() -> None:
+    worthy = [[MOVE], PAID, [book("C1", "E2")], [book("C1", "E2", rule="limit", limit=35)]]
+    assert all(_worth(office(), goals) for goals in worthy)
+    worthless = {
+        "done already": [MOVE | {"row": "B"}],
+        "nothing that can be paid": [book("C2", "E3", rule="limit", limit=20)],
+        "the difference cannot be paid": [{"kind": "move", "customer": "C1", "booking": "K1", "row": "A"}],
+        "every free seat will do": [book("C1", "E2", rule="limit", limit=45)],
+    }
+    poor = office()
+    poor.customers["C1"].balance = 10
+    assert not any(_worth(poor if "difference" in why else office(), goals) for why, goals in worthless.items())
 
 
 def test_the_office_refuses_what_cannot_be_done_and_changes_nothing() -> None:
