@@ -27,7 +27,6 @@ if str(ROOT) not in sys.path:
 
 from conf.errors import UserError  # noqa: E402
 from rl.env.environment import Environment, EnvProblem  # noqa: E402
-from rl.env.programs import ProgramsEnvironment  # noqa: E402
 from rl.env.registry import choose  # noqa: E402
 from rl.env.traces import Trace, play  # noqa: E402
 
@@ -66,7 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 @asynccontextmanager
 async def _sandbox(environments: Sequence[Environment], mode: str) -> AsyncIterator[None]:
     """A pool for those that run programs, while it is open."""
-    wanting = [one for one in environments if isinstance(one, ProgramsEnvironment)]
+    wanting = [one for one in environments if one.wants_pool]
     if not wanting:
         yield
         return

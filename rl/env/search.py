@@ -181,14 +181,15 @@ class SearchEnvironment(Environment):
         return float(answer.strip() == problem.answer)
 
     def solve(self, problem: EnvProblem) -> Solution:
-        """Searches each entity, opens its document, goes on with what that says. Without a document: no answer."""
+        """Searches each entity, from level 2 on opens its document (a hit shows a short one whole), and goes on with
+        what that says. Without a document: no answer."""
         rng = random.Random(problem.prompt)
         asked = json.loads(problem.state)
         world = world_of(asked["level"])
         current, path = list(asked["entities"]), list(asked["path"])
         thought = rng.choice(STARTS).format(" and ".join(current))
         for hop, relation in enumerate(path):
-            read = yield from _read(world, current, thought, rng)
+            read = yield from _read(world, current, thought, rng if asked["level"] > 1 else None)
             if not read:
                 return Said("The document is not found.")
             found = ""
@@ -205,14 +206,17 @@ class SearchEnvironment(Environment):
 
 
 def _read(
-    world: World, entities: Sequence[str], thought: str, rng: random.Random
+    world: World, entities: Sequence[str], thought: str, rng: random.Random | None
 ) -> Generator[Said, Sequence[str], bool]:
-    """Searches and opens the documents of `entities`, several at once. False where one is not found."""
+    """Searches the documents of `entities`, several at once, and opens them where there is an `rng`, which words it.
+    False where one is not found."""
     searches = (ToolCall("search", {"query": entity, "num_results": 1}) for entity in entities)
     results = yield Said(thought, calls=tuple(searches))
     ids = [world.ids[entity] for entity in entities]
     if not all(one in result for one, result in zip(ids, results, strict=True)):
         return False
+    if rng is None:
+        return all(entity in result for entity, result in zip(entities, results, strict=True))
     opens = tuple(ToolCall("open", {"document": one}) for one in ids)
     pages = yield Said(rng.choice(OPENS).format(" and ".join(ids)), calls=opens)
     return all(entity in page for entity, page in zip(entities, pages, strict=True))

@@ -60,8 +60,7 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("rl.tools.reasoning=v3", "rl.tools.reasoning=v3 is not known: did you mean v3_2?"),
         (
             "rl.tools.sandbox=off",
-            "rl.tools.sandbox=off is not known: valid: auto, bubblewrap, namespaces,"
-            " unprotected_model_code_runs_as_me",
+            "rl.tools.sandbox=off is not known: valid: auto, bubblewrap, namespaces, unprotected_model_code_runs_as_me",
         ),
         ("rl.tools.context_share=1", "rl.tools.context_share=1 is outside (0, 1): give a value inside"),
         ("rl.tools.max_turns=0", "rl.tools.max_turns=0 is too small: give 1 or more"),
