@@ -180,6 +180,7 @@ class ToolsConfig:
 
     names: tuple[str, ...] = ()  # calculator | python | search | open | submit, or MODULE:CLASS of your own
     mcp: tuple[str, ...] = ()  # command lines of MCP servers over stdio, whose tools are offered as well
+    concurrent: int = 128  # trajectories that a rank plays at a time; each may hold a sandbox
     max_turns: int = 16  # messages of the assistant in a trajectory
     max_calls: int = 20  # of a trajectory; what is past them gets an error to read
     timeout_s: float = 120.0  # of a call

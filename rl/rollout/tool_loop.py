@@ -3,12 +3,14 @@ on in the same chain of thought (DeepSeek-V3.2, sec. 3.2.1).
 
 In rounds: every trajectory draws one message, then all calls of the round run side by side, then the next round. How
 long a tool takes decides nothing about who shares a batch, so a run with deterministic tools repeats bit for bit; the
-price is that a round waits for its slowest call. An engine sees ordinary requests and samples that go on.
+price is that a round waits for its slowest call. Whoever has ended makes room for the next in the round after. An
+engine sees ordinary requests and samples that go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,12 +78,13 @@ class ToolLoop:
         plain = {number: request for number, request in enumerate(requests) if not self.offer.plays(request)}
         players: dict[int, _Player] = {}
         found: dict[int, Sample] = {}
+        waiting = deque(number for number in range(len(requests)) if number not in plain)
+        drawing: dict[int, _Player] = {}
         try:
-            for number, request in enumerate(requests):
-                if number not in plain:
-                    players[number] = self._player(request)
-            drawing = dict(players)
-            while plain or drawing:
+            while plain or drawing or waiting:
+                while waiting and len(drawing) < self.rl.tools.concurrent:
+                    number = waiting.popleft()
+                    drawing[number] = players[number] = self._player(requests[number])
                 drawn = self._draw(plain, drawing, done)
                 found |= {number: drawn.pop(number) for number in plain}
                 await asyncio.gather(*(self._react(drawing[number], sample) for number, sample in drawn.items()))

@@ -7,18 +7,15 @@ made where a tool first wants it and given back when the run ends.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 from conf.errors import UserError
 from conf.schema import ToolsConfig
 from rl.tools.mcp_client import McpServers
-from rl.tools.runner import CallLimits, described
+from rl.tools.runner import CallLimits
 from rl.tools.search import Corpus, Source
 from rl.tools.tool import Tool
 
@@ -69,7 +66,7 @@ class Shared:
         with self._lock:
             pool, self._pool, self._source = self._pool, None, None
             if pool is not None:
-                _close_pool(pool)
+                pool.shut()
 
 
 def _open_source(config: ToolsConfig) -> Source:
@@ -91,18 +88,5 @@ def _open_pool(config: ToolsConfig) -> Any:
     from rl.sandbox import Limits, SandboxPool
 
     limits = Limits(timeout_s=config.timeout_s, memory_mib=config.sandbox_memory_mib)
-    return SandboxPool(limits, mode=config.sandbox).open()
-
-
-def _close_pool(pool: Any) -> None:
-    """Its `close()` may be a coroutine; the caller's thread may or may not be running a loop, so it gets its own."""
-
-    async def close() -> None:
-        closing = pool.close()
-        if inspect.isawaitable(closing):
-            await closing
-
-    with ThreadPoolExecutor(1) as thread:
-        failure = thread.submit(asyncio.run, close()).exception()
-    if failure is not None:
-        log.warning("the pool of sandboxes did not close: %s", described(failure))
+    # a place for every trajectory: one that waited for another's would hold up the round that both are in
+    return SandboxPool(limits, mode=config.sandbox, sessions=config.concurrent).open()

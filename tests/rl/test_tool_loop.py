@@ -378,6 +378,28 @@ def test_prompts_without_tools_beside_trajectories(monkeypatch):
     assert [len(sample.calls) for sample in samples] == [2 if index % 3 else 0 for index in range(7)]
 
 
+def test_no_more_are_played_at_a_time_than_the_run_says(monkeypatch):
+    """Whoever ends makes room for the next; what comes out is the same."""
+    calls = {2: 1, 5: 0}
+
+    def policy(request: RolloutRequest, number: int) -> str:
+        return says("t", "", "yes") if number < calls.get(request.prompt_index, 3) else says("", "done")
+
+    requests = [request(index=index) for index in range(9)]
+    alone = Played(monkeypatch, policy, concurrent=1).play(*requests)
+    played = Played(monkeypatch, policy, concurrent=4)
+    at_a_time: list[int] = []
+    draw = played.loop._draw
+
+    def counted(plain: Any, drawing: Any, done: Any) -> Any:
+        at_a_time.append(len(drawing))
+        return draw(plain, drawing, done)
+
+    monkeypatch.setattr(played.loop, "_draw", counted)
+    assert [replace(s, calls=()) for s in played.play(*requests)] == [replace(s, calls=()) for s in alone]
+    assert max(at_a_time) == 4 and sum(at_a_time) == sum(len(sample.said) for sample in alone)
+
+
 def test_an_exception_of_the_run_closes_the_tools(monkeypatch):
     """A run that is told to stop (`done` raises) leaves no tool open."""
     played = Played(monkeypatch, script(says("t", "", "yes"), says("", "done")))
