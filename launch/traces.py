@@ -1,11 +1,13 @@
 """Verified traces of environments for the cold start (SFT), each with tool calls and their real results.
 
-    python launch/traces.py ENV[:LEVEL] ... [--num 4000] [--seed 0] [--heldout 0.1] [--slips 0.1] [--out FILE.jsonl]
+    python launch/traces.py ENV[:LEVEL] ... [--num 4000] [--seed 0] [--heldout 0.1] [--slips 0.1] [--bare 0.5]
+        [--out FILE.jsonl]
 
 ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares. The problems are of the train split
 at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one call fails first. Only what the
 verifier accepts is written, a row {"messages", "tools"} a line, the whole file or none. `programs` runs in the sandbox;
-`--sandbox` is rl.tools.sandbox. Exit status: 0 done, 2 the user's mistake.
+`--sandbox` is rl.tools.sandbox. `--bare`: share of rows without the schemas, which are most of a short trace's tokens:
+for a first phase, in which a small model learns calls and results as such. Exit status: 0 done, 2 the user's mistake.
 """
 
 from __future__ import annotations
@@ -47,14 +49,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=float, default=0.1)
     parser.add_argument("--slips", type=float, default=0.0)
+    parser.add_argument("--bare", type=float, default=0.0)
     parser.add_argument("--out", type=Path, default=Path("runs/traces.jsonl"))
     parser.add_argument("--sandbox", default="auto")
     given = parser.parse_args(arguments)
     if given.num < 1:
         raise UserError(f"--num {given.num} writes nothing: give 1 or more")
-    for name, low in (("heldout", given.heldout), ("slips", given.slips)):
-        if not 0 <= low < 1:
-            raise UserError(f"--{name} {low:g} is no share: give 0 or more, less than 1")
+    for name, share, most in (("heldout", given.heldout, 1), ("slips", given.slips, 1), ("bare", given.bare, 1.01)):
+        if not 0 <= share < most:
+            raise UserError(
+                f"--{name} {share:g} is no share: give 0 or more, {'at most' if most > 1 else 'less than'} 1"
+            )
     if given.out.suffix != ".jsonl":
         raise UserError(f"--out {given.out} is no .jsonl: the rows are JSON, a line each")
     if given.out.is_dir():
@@ -115,7 +120,8 @@ async def write_traces(given: argparse.Namespace) -> tuple[int, int, int]:
                         if trace.verdict < 1:
                             refused += 1
                             continue
-                        file.write(json.dumps(trace.row(), ensure_ascii=False) + "\n")
+                        bare = random.Random(f"bare/{given.seed}/{problem.key}").random() < given.bare
+                        file.write(json.dumps(trace.row(bare), ensure_ascii=False) + "\n")
                         keys.add(problem.key)
                         written += 1
                     progress.update(len(numbers))

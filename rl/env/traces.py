@@ -34,8 +34,9 @@ class Trace:
     verdict: float
     slips: int = 0
 
-    def row(self) -> dict[str, Any]:
-        return {"messages": self.messages, "tools": self.tools}
+    def row(self, bare: bool = False) -> dict[str, Any]:
+        """bare: without the schemas."""
+        return {"messages": self.messages} | ({} if bare else {"tools": self.tools})
 
 
 @dataclass

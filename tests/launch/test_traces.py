@@ -68,6 +68,14 @@ def test_slips_come_in_the_share_that_is_asked_for(tmp_path: Path) -> None:
     assert 30 < some < 90  # 0.4 of 200, of which one in four has two calls and slips at neither
 
 
+def test_bare_rows_lack_the_schemas_and_nothing_else(tmp_path: Path) -> None:
+    whole = write(tmp_path, "calculator:1", "--num", "40")
+    some = write(tmp_path, "calculator:1", "--num", "40", "--bare", "0.5")
+    assert [row["messages"] for row in some] == [row["messages"] for row in whole]
+    assert all("tools" in row for row in whole) and 8 < sum("tools" in row for row in some) < 32
+    assert not any("tools" in row for row in write(tmp_path, "calculator:1", "--num", "20", "--bare", "1"))
+
+
 def test_programs_are_given_a_pool_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
 
@@ -135,6 +143,7 @@ def test_an_old_file_stays_where_the_new_one_is_not_finished(tmp_path: Path, mon
         (["search", "--num", "0"], "--num 0 writes nothing"),
         (["search", "--num", "many"], "invalid int value: 'many'"),
         (["search", "--slips", "1.5"], "--slips 1.5 is no share"),
+        (["search", "--bare", "1.5"], "--bare 1.5 is no share: give 0 or more, at most 1"),
         (["search", "--heldout", "nan"], "--heldout nan is no share"),
         (["search", "--sede", "1"], "unrecognized arguments: --sede 1"),
         (["search", "--out", "traces.json"], "is no .jsonl"),
