@@ -143,7 +143,7 @@ def test_an_old_file_stays_where_the_new_one_is_not_finished(tmp_path: Path, mon
         (["search", "--num", "0"], "--num 0 writes nothing"),
         (["search", "--num", "many"], "invalid int value: 'many'"),
         (["search", "--slips", "1.5"], "--slips 1.5 is no share"),
-        (["search", "--bare", "1.5"], "--bare 1.5 is no share: give 0 or more, at most 1"),
+        (["search", "--bare", "1.5"], "--bare 1.5 is no share: give 0 to 1"),
         (["search", "--heldout", "nan"], "--heldout nan is no share"),
         (["search", "--sede", "1"], "unrecognized arguments: --sede 1"),
         (["search", "--out", "traces.json"], "is no .jsonl"),

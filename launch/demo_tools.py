@@ -1,0 +1,184 @@
+"""Reasoning in tool use on one machine: traces -> base -> warm-up -> cold start -> GRPO with tools, and what tools are
+worth.
+
+    python launch/demo_tools.py [--short] [--dir runs/demo_tools]
+
+The policy learns to call a calculator for arithmetic beyond its head and to search a corpus for answers that take two
+documents, in the middle of its reasoning. Every stage is an ordinary command line (echoed, so that it can be copied) on
+two ranks; a stage that is finished is not run again. At the end each policy is asked the same held-out problems with and
+without its tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch.demo import run  # noqa: E402  (needs the path above when run from a bare checkout)
+from launch.report import write_report  # noqa: E402
+from launch.samples import write_viewer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Environments with their levels, traces and steps of each stage, and what must come of them."""
+
+    environments: dict[str, str]
+    traces: int
+    base: int
+    warmup: int
+    cold_start: int
+    grpo: int
+    prompts: int  # an iteration
+    eval_prompts: int  # held-out problems of each environment
+    min_gap: float  # accuracy that tools add, in every environment
+    min_gain: float  # accuracy that GRPO adds over the cold start, on the mean
+
+
+FULL = Plan(
+    environments={"calculator": "calculator:1", "search": "search:1"},
+    traces=8000,
+    base=1500,
+    warmup=150,
+    cold_start=400,
+    grpo=24,
+    prompts=16,
+    eval_prompts=128,
+    min_gap=0.3,
+    min_gain=0.05,
+)
+SHORT = Plan(
+    environments={"calculator": "calculator:1"},
+    traces=1000,
+    base=40,
+    warmup=10,
+    cold_start=20,
+    grpo=2,
+    prompts=4,
+    eval_prompts=16,
+    min_gap=-1.0,
+    min_gain=-1.0,
+)
+STAGES = ("base", "warmup", "cold_start", "grpo")
+MEASURED = ("cold_start", "grpo")
+
+
+def trace_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
+    """(file, arguments of launch/traces.py): for the base mostly without schemas, for the cold start with them."""
+    names = " ".join(plan.environments.values())
+    return [
+        ("base_traces.jsonl", f"{names} --num {plan.traces} --bare 0.9 --seed 0 --out {out}/base_traces.jsonl"),
+        ("traces.jsonl", f"{names} --num {plan.traces // 2} --seed 1 --out {out}/traces.jsonl"),
+    ]
+
+
+def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
+    """(name, arguments of launch/stage.py) in order."""
+    mixed = f"data.source=files data.path={out}/base_traces.jsonl data.synthetic_share=0.4 data.seq_len=512"
+    mixed += " data.tasks=arithmetic:3,words:2"
+    traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1024"
+    each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
+    asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=320 rl.tools.max_turns=6"
+    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=1e-4"
+    curve = f"rl.eval_every={max(1, plan.grpo // 4)} rl.eval_prompts={plan.eval_prompts // 2}"
+    vocabulary = "model=tiny model.vocab_size=768 data.tokenizer=train:768"
+    found = [
+        ("base", f"+stage=pretrain {vocabulary} {mixed} train.steps={plan.base}"),
+        ("warmup", f"+stage=dense_warmup init_from={out}/base {traces} train.steps={plan.warmup} optim.lr=1e-2"),
+        ("cold_start", f"+stage=sft init_from={out}/warmup {traces} train.steps={plan.cold_start} optim.lr=1e-3"),
+        ("grpo", f"+stage=grpo init_from={out}/cold_start {asked} {policy} {curve} train.steps={plan.grpo}"),
+    ]
+    for name in MEASURED:
+        measured = f"+stage=evaluate init_from={out}/{name} {traces} {asked} rl.eval_prompts={plan.eval_prompts}"
+        measured += " train.eval_sequences=8"
+        found.append((f"{name}_eval", measured))
+        found.append((f"{name}_without_tools", f"{measured} rl.use_tools=false"))
+    return [(name, f"{arguments} output_dir={out}/{name}") for name, arguments in found]
+
+
+def write_traces(plan: Plan, out: Path) -> None:
+    for name, arguments in trace_commands(plan, out):
+        if (ROOT / out / name).exists():
+            continue
+        line = f"python launch/traces.py {arguments}"
+        print(f"\n[traces] {line}", flush=True)
+        ended = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, check=False)
+        if ended.returncode != 0:
+            raise SystemExit(ended.returncode)
+
+
+def summarise(out: Path, plan: Plan) -> dict[str, dict[str, float]]:
+    """Of each policy, with and without tools: accuracy, by environment as well, and how it used them."""
+    rows = {}
+    for name in (f"{policy}_{how}" for policy in MEASURED for how in ("eval", "without_tools")):
+        found = json.loads((ROOT / out / name / "evaluation.json").read_text())
+        rows[name] = {"accuracy": found["reward/accuracy"]}
+        for environment in plan.environments:
+            key = f"domain/{environment}/accuracy"
+            rows[name][environment] = found.get(key, found["reward/accuracy"])
+        for key in ("tool/calls_mean", "tool/resumed_frac", "tool/error_frac", "rollout/length_mean"):
+            rows[name][key] = found[key]
+    return rows
+
+
+def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
+    """What was promised and this run did not keep, as readable lines."""
+    promises = []
+    for name in plan.environments:
+        gap = rows["grpo_eval"][name] - rows["grpo_without_tools"][name]
+        promises.append((gap >= plan.min_gap, f"accuracy that tools add, {name}: {gap:+.3f} (at least {plan.min_gap})"))
+    gain = rows["grpo_eval"]["accuracy"] - rows["cold_start_eval"]["accuracy"]
+    promises.append((gain >= plan.min_gain, f"accuracy that GRPO adds: {gain:+.3f} (at least {plan.min_gain})"))
+    resumed = rows["grpo_eval"]["tool/resumed_frac"]
+    print(f"  trajectories that think on after a tool's result: {resumed:.3f}")
+    for kept, line in promises:
+        print(f"  {'kept  ' if kept else 'BROKEN'}  {line}")
+    return [line for kept, line in promises if not kept]
+
+
+def table(rows: dict[str, dict[str, float]], plan: Plan) -> str:
+    keys = ["accuracy", *plan.environments, "tool/calls_mean", "tool/resumed_frac", "tool/error_frac"]
+    lines = [["", *(key.removeprefix("tool/") for key in keys)]]
+    for name, row in rows.items():
+        lines.append([name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few steps of everything, without promises, for CI")
+    parser.add_argument("--dir", default=None, help="folder of the runs (runs/demo_tools, or runs/demo_tools_short)")
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    plan = SHORT if options.short else FULL
+    out = Path(options.dir or ("runs/demo_tools_short" if options.short else "runs/demo_tools"))
+    start = time.monotonic()
+    write_traces(plan, out)
+    for name, arguments in commands(plan, out):
+        run(name, arguments, options.ranks)
+    rows = summarise(out, plan)
+    print(f"\n{table(rows, plan)}\n")
+    (ROOT / out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_viewer([ROOT / out / "grpo"], ROOT / out / "report")
+    report = write_report([ROOT / out / name for name in STAGES], ROOT / out / "report", {})
+    broken = check(rows, plan)
+    print(f"\n{time.monotonic() - start:.0f} s in all; report: {report}")
+    if broken:
+        raise SystemExit(f"demo_tools: {len(broken)} promise(s) broken, see above")
+
+
+if __name__ == "__main__":
+    main()
