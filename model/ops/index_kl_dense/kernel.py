@@ -237,6 +237,8 @@ def backward(
     """
     (num_rows, heads, dim), width = q_index.shape, d_scores.shape[1]
     by_rows, by_keys = config or backward_config(heads, q_index.element_size())
+    # (row, head) pairs are what d_k's product sums over: at least 16 of them
+    by_keys = by_keys._replace(rows=max(by_keys.rows, 16 // triton.next_power_of_2(heads)))
     d_q = torch.empty(q_index.shape, dtype=torch.float32, device=q_index.device)
     d_w = torch.empty((num_rows, heads), dtype=torch.float32, device=q_index.device)
     shapes = (heads, dim, triton.next_power_of_2(heads), _padded(dim))
