@@ -8,12 +8,16 @@ one for every 128 x 128 block. Every product is `a @ b.T` of two operands quanti
     wgrad    grad.T [N, M]  x.T [K, M]          1x128 by 1x128, along the tokens
 
 `emulate` rounds to float8_e4m3fn, scales back and multiplies in fp32, on any device. `scaled_mm` is cuBLAS's product of
-scaled blocks, on Hopper alone.
+scaled blocks, on Hopper alone; `kernel.py` makes its operands.
 Departures: x is kept in its own precision and quantised twice, once for each orientation, where V3 keeps the forward's
 e4m3 and quantises that again; scales are powers of two only if asked for (V3: for some layers; V3.1 and later: all).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +27,9 @@ from torch.autograd.function import once_differentiable
 from model.fp8 import BLOCK, E4M3_MAX, power_of_two_scale
 from model.ops.common import no_autocast
 
-ROWS = 16  # that cuBLAS wants an operand's rows to be a multiple of
+if TYPE_CHECKING:
+    from model.ops.fp8_linear.kernel import Operand
+
 AMAX_LEAST = E4M3_MAX * torch.finfo(torch.float32).tiny  # below it the scale would be subnormal, or 0
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,31 +57,87 @@ def rounded(x: Tensor, rows: int, power_of_two: bool = False) -> Tensor:
     return blocks.view(values.shape)[: x.shape[0], : x.shape[1]]
 
 
-def _columns_first(scale: Tensor, multiple: int = 1) -> Tensor:
-    """scale [R, C] with strides (1, R), as cuBLAS reads scales; R zero-padded to a multiple."""
-    rows, columns = scale.shape
-    laid_out = scale.new_zeros(columns, rows + -rows % multiple)
-    laid_out[:, :rows] = scale.T
-    return laid_out.T
+@dataclass(frozen=True)
+class _Emulated:
+    """The three products of groups of tokens, in fp32 on rounded operands; generators of one product a group."""
+
+    counts: list[int]
+    power_of_two: bool
+
+    def product(self, a: Tensor, b: Tensor, b_rows: int, dtype: torch.dtype) -> Tensor:
+        """a [M, C] in tiles of 1 x 128, b [N, C] in blocks of b_rows x 128 -> a @ b.T [M, N]."""
+        return (rounded(a, 1, self.power_of_two) @ rounded(b, b_rows, self.power_of_two).T).to(dtype)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        pairs = zip(x.split(self.counts), weight, strict=True)
+        return (self.product(x_e, w, BLOCK, x.dtype) for x_e, w in pairs)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, d_x: bool, d_weight: bool
+    ) -> tuple[Iterator[Tensor] | None, Iterator[Tensor] | None]:
+        """-> d x and d weight, None for one that is not needed."""
+        grads, parts = grad.split(self.counts), x.split(self.counts)
+        pairs, sides = zip(grads, weight, strict=True), zip(grads, parts, strict=True)
+        return (
+            (self.product(g, w.T, BLOCK, x.dtype) for g, w in pairs) if d_x else None,
+            (self.product(g.T, x_e.T, 1, weight.dtype) for g, x_e in sides) if d_weight else None,
+        )
 
 
-def _scaled_mm(a: Tensor, b: Tensor, b_rows: int, power_of_two: bool, dtype: torch.dtype) -> Tensor:
-    """Operands are zero-padded: the dimension summed over and the weight's rows to 128, other rows to 16."""
-    m, n = a.shape[0], b.shape[0]
-    recipe = F.ScalingType.BlockWise1x128 if b_rows == 1 else F.ScalingType.BlockWise128x128
-    a8, a_scale = quantise(F.pad(a, (0, 0, 0, -m % ROWS)), 1, power_of_two)
-    b8, b_scale = quantise(F.pad(b, (0, 0, 0, -n % ROWS)), b_rows, power_of_two)
-    # a 1x128 scale stands at [row, block]; one of 128x128 at [block summed over, block of rows], in fours of the former
-    b_scale = _columns_first(b_scale) if b_rows == 1 else _columns_first(b_scale.T, 4)
-    one = F.ScalingType.BlockWise1x128
-    return F.scaled_mm(a8, b8.T, _columns_first(a_scale), one, b_scale, recipe, output_dtype=dtype)[:m, :n]
+@dataclass(frozen=True)
+class _ScaledMM:
+    """The same by cuBLAS: operands of all groups in one launch, then a product a group, as it has no grouped form."""
+
+    counts: list[int]
+    power_of_two: bool
+
+    def multiply(
+        self, left: list[Operand], right: list[Operand], b_rows: int, m: list[int], n: int, like: Tensor
+    ) -> Iterator[Tensor]:
+        """[m, n] of each group in `like`'s dtype, the operands' padding cut off."""
+        one = F.ScalingType.BlockWise1x128
+        recipe = one if b_rows == 1 else F.ScalingType.BlockWise128x128
+        for a, b, rows in zip(left, right, m, strict=True):
+            if not (a.values.numel() and b.values.numel()):
+                yield like.new_zeros(rows, n)
+                continue
+            found = F.scaled_mm(a.values, b.values.T, a.scale, one, b.scale, recipe, output_dtype=like.dtype)
+            yield found[:rows, :n]
+
+    def forward(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        from model.ops.fp8_linear import kernel
+
+        left, _ = kernel.activations(x, self.counts, self.power_of_two, by_rows=True)
+        right = kernel.weights(weight, self.power_of_two)
+        return self.multiply(left, right, BLOCK, self.counts, weight.shape[1], x)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, d_x: bool, d_weight: bool
+    ) -> tuple[Iterator[Tensor] | None, Iterator[Tensor] | None]:
+        from model.ops.fp8_linear import kernel
+
+        rows, columns = kernel.activations(grad, self.counts, self.power_of_two, by_rows=d_x, by_columns=d_weight)
+        found_x = found_weight = None
+        (outputs, inputs), groups = weight.shape[1:], len(self.counts)
+        if d_x:
+            right = kernel.weights(weight, self.power_of_two, transposed=True)
+            found_x = self.multiply(rows, right, BLOCK, self.counts, inputs, x)
+        if d_weight:
+            _, tokens = kernel.activations(x, self.counts, self.power_of_two, by_columns=True)
+            found_weight = self.multiply(columns, tokens, 1, [outputs] * groups, inputs, weight)
+        return found_x, found_weight
 
 
-def _product(a: Tensor, b: Tensor, b_rows: int, power_of_two: bool, backend: str, dtype: torch.dtype) -> Tensor:
-    """a [M, C] in tiles of 1 x 128, b [N, C] in blocks of b_rows x 128 -> a @ b.T [M, N] in `dtype`."""
-    if backend == "scaled_mm" and a.numel() and b.numel():
-        return _scaled_mm(a, b, b_rows, power_of_two, dtype)
-    return (rounded(a, 1, power_of_two) @ rounded(b, b_rows, power_of_two).T).to(dtype)
+def _together(
+    products: Iterator[Tensor], parts: Callable[[Tensor], Sequence[Tensor]], groups: int, like: Tensor, *shape: int
+) -> Tensor:
+    """The groups' products as one tensor of `shape`, cut by `parts`; that of a single group as it came."""
+    if groups == 1:
+        return next(products).contiguous().view(shape)
+    result = like.new_empty(shape)
+    for product, part in zip(products, parts(result), strict=True):
+        part.copy_(product)
+    return result
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -85,32 +147,29 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, counts: list[int], power_of_two: bool, backend: str):
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.power_of_two, ctx.backend = counts, power_of_two, backend
-        y = x.new_empty(x.shape[0], weight.shape[-2])
+        ctx.products = (_ScaledMM if backend == "scaled_mm" else _Emulated)(counts, power_of_two)
         with no_autocast(x):
-            for x_e, w, out in zip(x.split(counts), _experts(weight), y.split(counts), strict=True):
-                out.copy_(_product(x_e, w, BLOCK, power_of_two, backend, y.dtype))
-        return y
+            products = ctx.products.forward(x, _matrices(weight))
+            return _together(products, lambda y: y.split(counts), len(counts), x, x.shape[0], weight.shape[-2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grads = grad.split(ctx.counts)
-        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        d_x = d_weight = None
+        counts = ctx.products.counts
         with no_autocast(grad):
-            if d_x is not None:
-                for g, w, out in zip(grads, _experts(weight), d_x.split(ctx.counts), strict=True):
-                    out.copy_(_product(g, w.T, BLOCK, ctx.power_of_two, ctx.backend, x.dtype))
-            if d_weight is not None:
-                for g, x_e, out in zip(grads, x.split(ctx.counts), _experts(d_weight), strict=True):
-                    out.copy_(_product(g.T, x_e.T, 1, ctx.power_of_two, ctx.backend, weight.dtype))
+            of_x, of_weight = ctx.products.backward(grad, x, _matrices(weight), *ctx.needs_input_grad[:2])
+            if of_x is not None:
+                d_x = _together(of_x, lambda t: t.split(counts), len(counts), x, *x.shape)
+            if of_weight is not None:
+                d_weight = _together(of_weight, lambda t: t.unbind(), len(counts), weight, *weight.shape)
         return d_x, d_weight, None, None, None
 
 
-def _experts(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.unbind() if weight.dim() == 3 else (weight,)
+def _matrices(weight: Tensor) -> Tensor:
+    """[E, N, K], of a single group with E = 1."""
+    return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
 
 def has_block_scaled_mm(device: torch.device) -> bool:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from model.ops.common import no_autocast, positions
 from model.ops.index_topk import streaming
-from model.ops.index_topk.fp8 import hadamard, quantise
 from model.ops.settings import DEFAULT, OpSettings
 
 
@@ -35,20 +34,20 @@ def index_topk(
 
 
 def _triton(q, k, w, doc_start, q_pos, topk, settings, block):
-    from model.ops.index_topk import kernel
+    from model.ops.index_topk import fp8_kernel, kernel
 
     first, last = doc_start.int(), positions(doc_start, q_pos).int()
     q, k, w, k_scale = q.contiguous(), k.contiguous(), w.contiguous(), None
     if settings.fp8_index:
-        k, k_scale = quantise(hadamard(k.float()))
-    row_bytes = kernel.scratch_bytes(topk) + 3 * 4 * q.shape[1] * q.shape[2]
+        k, k_scale = fp8_kernel.rotate_and_quantise(k)
+    row_bytes = kernel.scratch_bytes(topk) + q.shape[1] * (q.shape[2] + 8)  # queries in FP8, their scales and w
     rows = block or max(1, settings.workspace // row_bytes)
     indices = torch.empty(q.shape[0], topk, dtype=torch.int32, device=q.device)
     for start in range(0, q.shape[0], rows):
         part = slice(start, start + rows)
         q_b, w_b = q[part], w[part].float()
         if settings.fp8_index:
-            q_b, scale = quantise(hadamard(q_b.float()))
+            q_b, scale = fp8_kernel.rotate_and_quantise(q_b)
             w_b = w_b * scale
         indices[part] = kernel.topk(q_b, k, w_b, first[part], last[part], topk, k_scale=k_scale)
     return indices

@@ -24,6 +24,7 @@ COUNTED = {
     "wgmma": r"wgmma\.mma_async",
     "mma": r"mma\.sync",
     "cp_async": r"cp\.async\.c",
+    "e4m3": r"cvt\.rn\.satfinite\.e4m3x2\.f32",
     "atomic": r"\b(?:atom|red)\.\S+",
 }
 
