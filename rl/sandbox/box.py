@@ -53,7 +53,7 @@ class Box:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=environment(scratch or "/tmp") | {"PATH": os.environ.get("PATH", os.defpath)},
+                env=environment(scratch or "/tmp"),
                 pass_fds=[info_written],
                 start_new_session=True,
                 cwd=scratch or "/",

@@ -144,7 +144,19 @@ class Protection:
         mounts += ["--proc", "/proc", "--perms", "1777", "--size", str(limits.tmp_mib << 20), "--tmpfs", "/tmp"]
         life = ["--as-pid-1", "--die-with-parent", "--new-session", "--info-fd", str(info_fd)]
         command = _interpreter(self.view.python, "supervisor", OWN_PATH)
-        return ["bwrap", *spaces, *power, *life, *mounts, "--remount-ro", "/", "--chdir", "/tmp", "--", *command]
+        return [
+            shutil.which("bwrap") or "bwrap",
+            *spaces,
+            *power,
+            *life,
+            *mounts,
+            "--remount-ro",
+            "/",
+            "--chdir",
+            "/tmp",
+            "--",
+            *command,
+        ]
 
     def config(self, limits: Limits, max_request: int) -> dict[str, Any]:
         """The supervisor's first message."""

@@ -121,8 +121,7 @@ def limit(memory_mib: int, file_mib: int, open_files: int, processes: int | None
     the whole machine (before Linux 5.14), which would count the trainer's."""
     mib = 1 << 20
     limits = {
-        resource.RLIMIT_DATA: memory_mib
-        * mib,  # private writable memory, which is all that a filtered process can have
+        resource.RLIMIT_DATA: memory_mib * mib,  # private writable memory: a filtered process has no other
         resource.RLIMIT_FSIZE: file_mib * mib,
         resource.RLIMIT_NOFILE: open_files,
         resource.RLIMIT_CPU: int(cpu_s) + 1,

@@ -57,9 +57,11 @@ def _flush() -> None:
 
 
 class Interpreter:
-    """Cells that share their variables."""
+    """Cells that share their variables. `output`: a descriptor of the pipe, from which 1 and 2 are made anew each time,
+    since a cell may have closed or replaced them."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: int) -> None:
+        self.output = output
         self.cells = 0
         self.in_cell = False
         self.was_interrupted = False
@@ -81,6 +83,12 @@ class Interpreter:
             yield
         finally:
             self.in_cell = False
+
+    def _wire_output(self) -> None:
+        _flush()
+        for standard in (1, 2):
+            os.dup2(self.output, standard)
+        _open_output()
 
     def _reap(self) -> None:
         """After an interrupt, for which the supervisor killed the code's children: the dead count as processes."""
@@ -104,6 +112,7 @@ class Interpreter:
     def run(self, code: str) -> str | None:
         """Runs a cell; what it raised, or None."""
         self.cells += 1
+        self._wire_output()
         if self.was_interrupted:
             self._reap()
         name = f"<cell {self.cells}>"
@@ -120,6 +129,7 @@ class Interpreter:
         if error is None:
             _flush()
             return None
+        self._wire_output()
         _show(error)
         _flush()
         error.__traceback__ = None  # what the frames hold may go
@@ -160,7 +170,7 @@ def serve(channel: socket.socket, output: int, max_request: int) -> None:
     keep, spare = os.dup2(moved[0], 3, inheritable=False), os.dup2(moved[1], 4, inheritable=False)
     os.closerange(5, 1 << 10)
     own = os.getpid()
-    interpreter = Interpreter()
+    interpreter = Interpreter(spare)
     signal.signal(signal.SIGINT, interpreter.interrupted)
     received = bytearray()
     while True:
@@ -171,9 +181,6 @@ def serve(channel: socket.socket, output: int, max_request: int) -> None:
                 os._exit(0)
             received += more
             continue
-        for standard in (1, 2):
-            os.dup2(spare, standard)
-        _open_output()
         error = interpreter.run(request["code"])
         if os.getpid() != own:
             os._exit(0)  # a fork that ran on to the cell's end: the answer is its parent's

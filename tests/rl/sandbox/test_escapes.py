@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rl.sandbox import SandboxPool
+from rl.sandbox.protection import environment
 from tests.rl.sandbox.attack import attack, home_of, members, namespace
 from tests.rl.sandbox.conftest import LIMITS, SECRET
 
@@ -70,7 +71,8 @@ def test_no_process_shows_the_environment_or_the_secret(pool: SandboxPool) -> No
     print(found, sorted(os.environ))
     """
     done = attack(pool, code)
-    assert done.output.startswith("[] ['HOME', 'LANG'"), done.output
+    names = set(re.findall(r"'(\w+)'", done.output))
+    assert done.output.startswith("[] [") and names - {"PWD", "LC_CTYPE"} == set(environment()), done.output
 
 
 def test_the_first_process_cannot_be_looked_into(pool: SandboxPool) -> None:
@@ -269,6 +271,25 @@ def test_no_way_to_more_power(pool: SandboxPool) -> None:
     done = attack(pool, code)
     zero = "0" * 16
     assert done.output == (f"[] (1000, 1000, 1000) (1000, 1000, 1000) []\n{[zero, zero, zero, '1', '2']}\n"), done
+
+
+def test_every_mount_but_tmp_is_read_only_and_none_has_devices_or_setuid(pool: SandboxPool) -> None:
+    async def go() -> str:
+        session = await pool.session()
+        assert session._box is not None and session._box.first is not None
+        text = Path(f"/proc/{session._box.first}/mountinfo").read_text()
+        await session.close()
+        return text
+
+    points = {}
+    for line in asyncio.run(go()).splitlines():
+        fields = line.split()
+        points[fields[4]] = set(fields[5].split(","))
+    assert {"/", "/tmp", "/proc", "/dev/null", "/sandbox/inside"} <= set(points)
+    for point, options in points.items():
+        assert "nosuid" in options, point
+        assert "ro" in options or point in ("/tmp", "/proc") or point.startswith("/dev/"), point
+        assert "nodev" in options or point.startswith("/dev/"), point
 
 
 def test_it_is_no_root_outside_either(pool: SandboxPool) -> None:

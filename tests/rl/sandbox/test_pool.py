@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rl.sandbox import Limits, SandboxBusy, SandboxPool, Session, run_program
+from rl.sandbox.box import Box, BoxLost
 from tests.rl.sandbox.attack import home_of, members
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,6 +84,22 @@ def test_sessions_are_bounded_and_waiting_ends(mode: str) -> None:
             assert (await third.run("3")).output == "3\n"
             await asyncio.gather(second.close(), third.close())
             assert len(pool._live) == 0
+
+    asyncio.run(go())
+
+
+def test_a_place_is_given_back_where_no_sandbox_starts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: object) -> Box:
+        raise BoxLost("no memory")
+
+    async def go() -> None:
+        async with SandboxPool(LIMITS, mode, warm=0, sessions=1, wait_s=1.0) as pool:
+            with monkeypatch.context() as patched:
+                patched.setattr(Box, "start", fails)
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match="no sandbox starts any more: no memory"):
+                        await pool.session()
+            await (await pool.session()).close()
 
     asyncio.run(go())
 

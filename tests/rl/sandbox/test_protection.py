@@ -190,6 +190,7 @@ def test_whatever_a_sandbox_says_is_a_lost_box_and_no_other_error(lie: str) -> N
             with pytest.raises(BoxLost):
                 await box.ask({"do": "cell", "code": "1", "timeout_s": 1.0}, 1.0)
             assert time.monotonic() - started < 2.0
+            box.process.wait(1.0)  # TimeoutExpired: it was left alive
         finally:
             await box.close()
         assert box.process.poll() is not None

@@ -65,6 +65,14 @@ def test_state_is_kept_and_sets_print_the_same_everywhere(pool: SandboxPool) -> 
     assert cells(pool, "set('qwerty')")[0].output == cells(pool, "set('qwerty')")[0].output
 
 
+def test_a_fork_that_runs_on_and_closed_outputs_do_not_cost_the_session(pool: SandboxPool) -> None:
+    forked, after = cells(pool, "import os, time\nif os.fork():\n  time.sleep(0.3)\n  x = 1", "x")
+    assert forked.error is None and forked.killed is None and after.output == "1\n"
+    _, closed, after = cells(pool, "x = 1", "import os\nprint(0)\nos.close(1), os.close(2)", "x")
+    assert closed.output.startswith("0\n") and (closed.error or "").startswith("OSError")
+    assert after.output == "1\n"
+
+
 def test_errors_have_a_short_traceback_with_the_line(pool: SandboxPool) -> None:
     deep, syntax, after = cells(
         pool, "def f(n):\n    if n: f(n - 1)\n    else: raise ValueError('deep')\nf(50)", "x = (1,\n", "1"
