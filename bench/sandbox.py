@@ -104,7 +104,7 @@ async def together(mode: str) -> dict[str, Any]:
         used = os.times()
         await asyncio.sleep(2.0)
         idle = os.times()
-        row["trainer_idle_cpu_percent"] = round(50 * (idle.user + idle.system - used.user - used.system), 1)
+        row["trainer_idle_cpu_percent"] = round(50 * abs(idle.user + idle.system - used.user - used.system), 1)
         start = time.monotonic()
         await asyncio.gather(*(session.close() for session in sessions))
         row["close_s"] = round(time.monotonic() - start, 2)
