@@ -13,6 +13,8 @@ from data.tokenizer import load_tokenizer
 from rl.groups import Experience
 from rl.messages import Sample, Trace
 from rl.samples import COLUMNS, SamplesWriter, cells, places_shown, sample_row, sample_rows, shown_samples
+from rl.tools.calculator import Calculator
+from tests.rl.played import play, says
 from tests.rl.samples import make_sample
 
 TOKENIZER = load_tokenizer("bytes")
@@ -61,6 +63,7 @@ def test_a_row_tells_what_the_sampler_did_and_what_the_update_saw():
     row = sample_row(sample, -0.5, trace, [1.0, 2.0, None], TOKENIZER, RL)
     assert row["per_token"] == {
         "text": ["", "é", "!", ""],
+        "between": [],
         "behaviour_logprobs": [-0.5, None, -1e-9, -1.23457],
         "logprobs": [-0.5, -1.0, -2.0, -3.0],
         "ratios": [1.0, 0.5, None, 1.25],
@@ -93,6 +96,35 @@ def test_a_stop_string_takes_its_text_from_the_tokens_that_held_it():
     row = row_of(make_sample([65], sampled, [-1.0] * 6, "ab"))
     assert row["per_token"]["text"] == ["a", "b", "", "", "", ""]
     assert row_of(make_sample([65], sampled, [-1.0] * 6, "b"))["per_token"]["text"] is None  # not this text
+
+
+def test_a_row_tells_of_calls_and_of_what_stands_between_the_tokens():
+    add, fail = ("calculator", {"expression": "17 * 3"}), ("calculator", {"expression": "1 / 0"})
+    said = [says("é", "", add, fail), says("so", "51"), says("more", "52")]
+    sample = replace(play(said, [Calculator()], ["and one?"], env="calc:2"), verdict_error="verify: late")
+    first, second = sample.rows
+    row = row_of(sample)
+    assert row["env"] == "calc:2" and row["num_calls"] == 2 and row["verdict_error"] == "verify: late"
+    wanted = {"name": "calculator", "arguments": add[1], "result": "51", "error": False, "seconds": 0.034}
+    assert row["calls"][0] == wanted | {"ended": False}
+    assert row["calls"][1]["error"] and row["calls"][1]["result"] == "Error: division by zero"
+    results, anew = row["per_token"]["between"]
+    told = "\n<result>51</result>\n<result>Error: division by zero</result>\n"
+    assert results["text"] == f"\n\n<function_results>{told}</function_results>\n\n<think>" and not results["row"]
+    prompt = second.ids[: second.loss_mask.index(True)]
+    assert anew["row"] and anew["text"] == TOKENIZER.decode(prompt) and "and one?" in anew["text"]
+    pieces = row["per_token"]["text"]
+    sizes = [stop - start for part in sample.rows for start, stop in part.messages()]
+    assert results["before"] == sizes[0] and anew["before"] == sizes[0] + sizes[1] and len(pieces) == sum(sizes)
+    places = [0, results["before"], anew["before"], len(pieces)]
+    assert ["".join(pieces[a:b]) for a, b in zip(places, places[1:], strict=False)] == said
+    assert row["text"] == "é\nso\nmore</think>52" and row["tokens"] == first.num_sampled + second.num_sampled
+    slow = tuple(replace(call, seconds=1 / 3) for call in sample.calls)
+    assert [call["seconds"] for call in row_of(replace(sample, calls=slow))["calls"]] == [0.333333] * 2
+    found = dict(zip(COLUMNS, cells(row), strict=True))
+    assert (found["env"], found["num_calls"]) == ("calc:2", 2) and "calls" not in found
+    plain = row_of(make_sample([65], [66], [-1.0], "B"))
+    assert plain["env"] is plain["verdict_error"] is None and plain["num_calls"] == 0 and plain["calls"] == []
 
 
 def group(prompt: int, size: int) -> list[Sample]:
