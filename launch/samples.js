@@ -1,15 +1,13 @@
-"use strict";
-// The sample viewer: a list that is drawn as far as it is looked at, and one sample or one group in full.
-// Text from a run only ever becomes a text node or an attribute's value.
+// The sample viewer: a list that is drawn as far as it is looked at, and one sample or one group in full (samples_flow.js
+// stands before this in the page's script). Text from a run only ever becomes a text node or an attribute's value.
 
 const $ = (id) => document.getElementById(id);
 const { names, rows } = JSON.parse($("data").textContent);
 const CHUNK = 60;
-const FILTERS = ["run", "domain", "finish_reason"];
+const FILTERS = ["run", "domain", "env", "finish_reason"];
 let shown = []; // numbers of the rows that pass the filters, in order
 let drawn = 0; // of the list's entries
 let entries = []; // of the list: arrays of row numbers, one row each or one group each
-let colouring = "ratio";
 
 function h(tag, attributes, ...children) {
   const node = document.createElement(tag);
@@ -24,7 +22,9 @@ function number(value, digits = 3) {
   return shown.replace(/^-/, "−");
 }
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
-const textOf = (row) => (row.per_token ? row.per_token.text.join("") : row.text ?? "");
+const textOf = (row) => (row.per_token ? row.per_token.text : row.flow.map((part) => part.text ?? "")).join("");
+const RESULTS = ["result", "read"];
+const read = (row) => row.flow.filter((part) => RESULTS.includes(part.kind)).map((part) => part.text);
 const place = (row) =>
   row.prompt_index == null ? null : `prompt ${row.prompt_index}, sample ${number(row.sample_index)}`;
 const groupKey = (row, n) => (row.prompt_index == null ? `alone ${n}` : `${row.run} ${row.step} ${row.prompt_index}`);
@@ -36,104 +36,19 @@ rows.forEach((row, n) => {
 });
 const groupOf = (n) => groups.get(groupKey(rows[n], n));
 
-// Colours of the tokens. Each way of colouring gives a token's class, and names its classes for the legend.
-
-const LOG_STEPS = [0.01, 0.05, 0.2, 0.5];
-const level = (value, steps) => steps.filter((step) => value >= step).length;
-const WAYS = {
-  ratio: {
-    name: "ratio",
-    legend: [["down4", "≤ 0.61"], ["down3", "0.82"], ["down2", "0.95"], ["down1", "0.99"], ["", "1"], ["up1", "1.01"],
-             ["up2", "1.05"], ["up3", "1.22"], ["up4", "≥ 1.65"], ["clipped", "clipped"]],
-    of(row, i) {
-      const ratio = row.per_token.ratios?.[i];
-      if (ratio == null) return "";
-      const strength = level(Math.abs(Math.log(ratio)), LOG_STEPS);
-      return strength ? (ratio > 1 ? "up" : "down") + strength : "";
-    },
-  },
-  update: {
-    name: "advantage, clip, mask",
-    legend: [["up2", "A > 0: made likelier"], ["down2", "A < 0: made less likely"], ["clipped", "clipped: no gradient"],
-             ["masked", "sequence masked (eq. 8)"], ["", "A = 0 or not trained on"]],
-    of(row, i) {
-      if (row.per_token.ratios == null || !row.advantage) return "";
-      if (row.off_policy_masked) return "masked";
-      return row.clips.has(i) ? "" : row.advantage > 0 ? "up2" : "down2";
-    },
-  },
-  probability: {
-    name: "probability",
-    legend: [["", "sampled with p > 0.9"], ["deep1", "≤ 0.9"], ["deep2", "≤ 0.5"], ["deep3", "≤ 0.1"], ["deep4", "≤ 0.01"]],
-    of(row, i) {
-      const logprob = row.per_token.behaviour_logprobs?.[i];
-      if (logprob == null) return "";
-      const strength = level(-logprob, [0.9, 0.5, 0.1, 0.01].map((p) => -Math.log(p)));
-      return strength ? "deep" + strength : "";
-    },
-  },
-  kept: {
-    name: "words kept",
-    legend: [["", "1 word in the running"], ["deep1", "2, 3"], ["deep2", "4 to 10"], ["deep3", "11 to 100"],
-             ["deep4", "more, or all"]],
-    of(row, i) {
-      const kept = row.per_token.kept;
-      const strength = kept == null || kept[i] == null ? 4 : level(kept[i], [2, 4, 11, 101]);
-      return strength ? "deep" + strength : "";
-    },
-  },
-};
-
-function told(row, i) {
-  const t = row.per_token;
-  const old = t.behaviour_logprobs?.[i];
-  const lines = [`token ${i + 1}: ${JSON.stringify(t.text[i])}`];
-  if (old != null) lines.push(`log p of the sampler ${number(old, 4)} (p ${number(Math.exp(old))})`);
-  if (t.logprobs?.[i] != null) lines.push(`of the trainer ${number(t.logprobs[i], 4)}`);
-  if (t.ratios?.[i] != null) lines.push(`ratio ${number(t.ratios[i], 4)}${row.clips.has(i) ? ", clipped" : ""}`);
-  if (t.kept?.[i] != null) lines.push(`${t.kept[i]} words kept`);
-  return lines.join("\n");
-}
-
-function tokens(row) {
-  if (!row.per_token) return h("pre", {}, row.text ?? "");
-  row.clips ??= new Set(row.per_token.clipped);
-  const way = WAYS[colouring];
-  const last = row.per_token.text.length - 1;
-  const pre = h("pre", { class: "tokens" });
-  row.per_token.text.forEach((piece, i) => {
-    const kinds = [way.of(row, i), row.clips.has(i) ? "clipped" : ""];
-    if (piece === "") kinds.push(i === last && row.finish_reason === "stop" ? "end" : "part");
-    if (piece.trim() === "" && piece.includes("\n")) kinds.push("line");
-    pre.append(h("span", { class: kinds.join(" ").trim() || null, title: told(row, i) }, piece));
-  });
-  pre.addEventListener("click", (event) => {
-    if (event.target !== pre) pre.nextSibling.textContent = event.target.title.replaceAll("\n", " · ");
-  });
-  return [pre, h("p", { class: "told" }, "")];
-}
-
-function palette() {
-  const select = h("select", { "aria-label": "colour the tokens by" });
-  for (const [key, way] of Object.entries(WAYS)) select.append(new Option(way.name, key, false, key === colouring));
-  select.addEventListener("change", () => {
-    colouring = select.value;
-    open();
-  });
-  const legend = WAYS[colouring].legend.map(([kind, name]) => h("li", {}, h("span", { class: "tokens" },
-    h("span", { class: kind || "plain" }, "abc")), " " + name));
-  return h("div", { class: "palette" }, h("label", {}, "tokens by", select), h("ul", { class: "legend" }, legend));
-}
-
 // One sample in full, or its group side by side.
 
 const fact = (name, value) => (value == null || value === "–" ? null : h("span", {}, name + " ", h("b", {}, value)));
+const wrong = (name, count) => (count ? h("span", {}, name + " ", h("b", { class: "alarm" }, count)) : null);
+const unjudged = (row) => (row.verdict_error ? h("p", { class: "alarm" }, `no verdict: ${row.verdict_error}`) : null);
 
 function facts(row) {
   const masked = row.off_policy_masked ? h("span", {}, h("b", { class: "alarm" }, "masked, eq. 8")) : null;
   return h("p", { class: "facts" },
     fact("reward", number(row.reward)), fact("advantage", row.advantage == null ? null : signed(row.advantage)),
     fact("tokens", number(row.tokens)), fact("ended by", row.finish_reason),
+    ...(row.env || row.num_calls ? [fact("turns", row.turns || null), fact("calls", number(row.num_calls))] : []),
+    wrong("failed", row.errors), wrong("malformed", row.malformed),
     fact("weights of iteration", row.weight_versions.map((v) => number(v)).join(", ") || null),
     fact("largest |log ratio|", number(row.max_log_ratio)), fact("clipped", number(row.clip_frac)),
     fact("d", number(row.off_policy_kl)), masked);
@@ -157,12 +72,13 @@ function rewards(row) {
 }
 
 const block = (name, value) => (value ? [h("dt", {}, name), h("dd", {}, h("pre", {}, value))] : []);
-const asked = (row) =>
+const question = (row) =>
   h("dl", {}, block("prompt", row.prompt), block("reference", row.answer), block("rubric", row.rubric));
 
 function heading(row) {
   const run = names.length > 1 ? names[row.run] : null;
-  return [run, `step ${number(row.step)}`, row.domain].filter(Boolean).join(" · ");
+  const domain = row.domain && row.env?.startsWith(row.domain + ":") ? null : row.domain; // NAME:LEVEL has it
+  return [run, `step ${number(row.step)}`, domain, row.env].filter(Boolean).join(" · ");
 }
 
 function groupFacts(members) {
@@ -179,8 +95,8 @@ function sampleView(n) {
   const group = members.length > 1 ? h("a", { href: "#group-" + n }, `group: ${groupFacts(members)}`) : null;
   return [
     h("nav", {}, h("a", { href: "#", class: "back" }, "all samples"), step(-1, "← previous"), step(1, "next →"), group),
-    h("h2", {}, heading(row)), h("p", { class: "place" }, place(row)), facts(row), asked(row), palette(),
-    h("div", { class: "answer" }, tokens(row)), rewards(row)];
+    h("h2", {}, heading(row)), h("p", { class: "place" }, place(row)), facts(row), unjudged(row), question(row),
+    palette([row]), flow(row), rewards(row)];
 }
 
 function groupView(n) {
@@ -189,9 +105,9 @@ function groupView(n) {
   return [
     h("nav", {}, h("a", { href: "#", class: "back" }, "all samples")),
     h("h2", {}, heading(row)), h("p", { class: "place" }, `prompt ${number(row.prompt_index)}: ${groupFacts(members)}`),
-    asked(row), palette(),
+    question(row), palette(members.map((m) => rows[m])),
     h("div", { class: "beside" }, members.map((m) => h("article", {},
-      h("h3", {}, h("a", { href: "#" + m }, `sample ${number(rows[m].sample_index)}`)), facts(rows[m]), tokens(rows[m]))))];
+      h("h3", {}, h("a", { href: "#" + m }, `sample ${number(rows[m].sample_index)}`)), facts(rows[m]), unjudged(rows[m]), flow(rows[m]))))];
 }
 
 function open() {
@@ -222,6 +138,8 @@ function entry(members) {
     : [h("p", {}, h("b", {}, heading(row)), h("b", { class: "value" }, number(row.reward))),
        h("p", {}, row.advantage == null ? null : h("span", {}, "A " + signed(row.advantage)),
          h("span", {}, number(row.tokens) + " tokens"), h("span", {}, row.finish_reason ?? ""),
+         row.num_calls ? h("span", {}, row.num_calls === 1 ? "1 call" : `${row.num_calls} calls`) : null,
+         row.errors ? h("span", { class: "alarm" }, `${row.errors} failed`) : null,
          row.max_log_ratio == null ? null : h("span", {}, "|log r| " + number(row.max_log_ratio)),
          row.off_policy_kl == null ? null : h("span", {}, "d " + number(row.off_policy_kl)),
          row.off_policy_masked ? h("span", { class: "alarm" }, "masked") : null),
@@ -246,7 +164,7 @@ function passes(row, wanted, words) {
     if (high !== "" && !(row[name] <= +high && row[name] != null)) return false;
   }
   if (!words) return true;
-  row.haystack ??= [row.prompt, row.answer, textOf(row)].join("\n").toLowerCase();
+  row.haystack ??= [row.prompt, row.answer, textOf(row), ...read(row)].join("\n").toLowerCase();
   return row.haystack.includes(words);
 }
 

@@ -2,12 +2,12 @@
 
 All of it is untrusted (another's run, a model's output), and rows of earlier versions lack fields: here every value
 gets its type or becomes null, hidden characters become visible, and lists over tokens are as long as the tokens are
-many or left out. Of a large file the newest samples are read.
+many or left out; `flow` is the sample in the order it came in (launch/samples_flow.py). Of a large file the newest
+samples are read.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Any
 from conf.errors import UserError
 from launch.report_data import json_lines, run_names
 from launch.report_html import visible
+from launch.samples_flow import Between, Call, as_json, flow_of, is_text_of, plain_flow
 
 FILE_NAME = "samples.jsonl"
 MOST_BYTES = 128 * 2**20  # of samples.jsonl, of all runs together: what a browser still opens in seconds
 NUMBERS = (
     *("step", "reward", "advantage", "tokens", "prompt_index", "sample_index", "group_size", "group_reward"),
-    *("max_log_ratio", "clip_frac", "off_policy_kl"),
+    *("max_log_ratio", "clip_frac", "off_policy_kl", "num_calls"),
 )
-TEXTS = ("domain", "prompt", "answer", "rubric", "finish_reason")
+TEXTS = ("domain", "prompt", "answer", "rubric", "finish_reason", "env", "verdict_error")
 TOKEN_NUMBERS = {"behaviour_logprobs": 4, "logprobs": 4, "ratios": 5, "kept": 6}  # -> digits worth showing
 
 
@@ -76,11 +77,24 @@ def _row(raw: dict[str, Any]) -> dict[str, Any]:
     versions = raw.get("weight_versions")
     row["weight_versions"] = [_number(v) for v in versions] if isinstance(versions, list) else []
     row["off_policy_masked"] = raw.get("off_policy_masked") is True
-    per_token = raw.get("per_token")
+    return row | _told(raw, row["finish_reason"])
+
+
+def _told(raw: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    """The sample's tokens, where the file has those of its text, and its flow."""
+    columns = raw.get("per_token")
+    columns = columns if isinstance(columns, dict) else {}
     text = raw.get("text")
-    row["per_token"] = _per_token(per_token, str(text)) if isinstance(per_token, dict) else None
-    row["text"] = None if row["per_token"] else _text(text)  # the pieces have it
-    return row
+    text = "" if text is None else text if isinstance(text, str) else as_json(text)
+    calls, pieces = _calls(raw.get("calls")), columns.get("text")
+    found: dict[str, Any] = {"per_token": None}
+    flow = plain_flow(text, calls)
+    if isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces):
+        between = _between(columns.get("between"), len(pieces))
+        if is_text_of(pieces, between, calls, text):
+            flow = flow_of(pieces, between, calls, finish_reason)
+            found["per_token"] = _per_token(columns, pieces) | {"ends": flow.ends}
+    return found | {"flow": flow.parts, "turns": flow.turns, "errors": flow.errors, "malformed": flow.malformed}
 
 
 def _number(value: Any, digits: int | None = None) -> float | int | None:
@@ -90,20 +104,41 @@ def _number(value: Any, digits: int | None = None) -> float | int | None:
 
 
 def _text(value: Any) -> str | None:
-    if value is None:
-        return None
-    return visible(value if isinstance(value, str) else json.dumps(value))
+    return None if value is None else visible(value if isinstance(value, str) else as_json(value))
 
 
 def _numbers_by_name(value: Any) -> dict[str, Any]:
     return {visible(name): _number(v) for name, v in value.items()} if isinstance(value, dict) else {}
 
 
-def _per_token(columns: dict[str, Any], text: str) -> dict[str, Any] | None:
-    """Lists as long as the pieces; None where there are no pieces that make up the text."""
-    pieces = columns.get("text")
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces) or "".join(pieces) != text:
-        return None
+def _calls(value: Any) -> list[Call]:
+    """The objects among the entries, each with a name at least."""
+    return [
+        Call(
+            name=call["name"],
+            arguments=call.get("arguments"),
+            result=call["result"] if isinstance(call.get("result"), str) else "",
+            error=call.get("error") is True,
+            seconds=_number(call.get("seconds"), 4),
+            ended=call.get("ended") is True,
+        )
+        for call in (value if isinstance(value, list) else [])
+        if isinstance(call, dict) and isinstance(call.get("name"), str)
+    ]
+
+
+def _between(value: Any, size: int) -> list[Between]:
+    """The entries with a place inside the sample and a text."""
+    return [
+        Between(entry["before"], entry["text"], entry.get("row") is True)
+        for entry in (value if isinstance(value, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str)
+        if type(entry.get("before")) is int and 0 <= entry["before"] <= size
+    ]
+
+
+def _per_token(columns: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
+    """Lists as long as the pieces, or null."""
     found: dict[str, Any] = {"text": [visible(piece) for piece in pieces]}
     for name, digits in TOKEN_NUMBERS.items():
         column = columns.get(name)

@@ -1,4 +1,5 @@
-"""The sample viewer's page: a frame, the samples as data, and samples.js, which lists, filters, sorts and colours them.
+"""The sample viewer's page: a frame, the samples as data, samples.js, which lists, filters and sorts them, and
+samples_flow.js, which draws one with its tokens coloured.
 
 Only what is on the screen is drawn. The script puts text into the page as text, never as HTML, and the page's content
 policy lets no other script run.
@@ -10,7 +11,7 @@ from launch.report_html import asset, document, json_block, policy_for, text, vi
 from launch.samples_data import Samples
 
 FILE_NAME = "samples.html"
-SCRIPT = asset("samples.js")
+SCRIPT = asset("samples_flow.js") + asset("samples.js")
 POLICY = policy_for(SCRIPT)
 
 SORTS = {
@@ -18,6 +19,7 @@ SORTS = {
     "reward": "reward",
     "advantage": "advantage",
     "tokens": "length",
+    "num_calls": "calls",
     "max_log_ratio": "largest |log ratio|",
     "off_policy_kl": "d of eq. 9",
 }
@@ -37,16 +39,20 @@ def _range(name: str, label: str) -> str:
 
 
 def _controls(samples: Samples) -> str:
-    values = {name: sorted({row[name] for row in samples.rows if row[name]}) for name in ("domain", "finish_reason")}
+    values = {
+        name: sorted({row[name] for row in samples.rows if row[name]}) for name in ("domain", "env", "finish_reason")
+    }
+    choices = {name: {"": "all"} | {value: value for value in found} for name, found in values.items()}
     runs = {str(i): name for i, name in enumerate(samples.names)}
     return (
         '<div class="controls">'
         + (_select("run", "run", {"": "all"} | runs) if len(runs) > 1 else "")
         + _range("step", "step")
-        + _select("domain", "domain", {"": "all"} | {value: value for value in values["domain"]})
-        + _select("finish_reason", "ended by", {"": "all"} | {value: value for value in values["finish_reason"]})
+        + _select("domain", "domain", choices["domain"])
+        + (_select("env", "environment", choices["env"]) if values["env"] else "")
+        + _select("finish_reason", "ended by", choices["finish_reason"])
         + _range("reward", "reward")
-        + '<label>text<input id="search" type="search" placeholder="in prompt, answer, sample"></label>'
+        + '<label>text<input id="search" type="search" placeholder="in all its texts"></label>'
         + _select("sort", "sort by", SORTS)
         + _select("order", "order", {"down": "largest first", "up": "smallest first"})
         + '<label class="tick"><input id="grouped" type="checkbox"> by prompt</label>'
