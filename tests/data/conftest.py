@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from tokenizers import Tokenizer
 
-from data.tokenizer import BOS, DSML, EOS, PAD, load_tokenizer
+from data.tokenizer import BOS, DSML, EOS, PAD, SPECIAL_TOKENS, byte_letters, load_tokenizer
 
 WORDS = "return import class lambda yield async await assert finally except continue global nonlocal raise".split()
 TEXTS = [
@@ -28,14 +25,16 @@ def trained_tokenizer():
 
 @pytest.fixture(scope="session")
 def without_dsml():
-    """A tokenizer of an earlier run, to which DSML is ordinary text."""
+    """A tokenizer to which DSML is ordinary text, and parts of it and its neighbours one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = load_tokenizer("bytes").backend_tokenizer.to_str()
-    assert json.loads(made)["added_tokens"][-1]["content"] == DSML
-    old = json.loads(made)
-    dsml = old["added_tokens"].pop()
-    old["model"]["vocab"] = {name: token for name, token in old["model"]["vocab"].items() if token != dsml["id"]}
-    old["model"]["vocab"]["unused"] = dsml["id"]
-    backend = Tokenizer.from_str(json.dumps(old))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=list(SPECIAL_TOKENS[:-1]), initial_alphabet=byte_letters(), show_progress=False
+    )
+    backend.train_from_iterator([f"x<{DSML}a>y</{DSML}a>"] * 50, trainer)
+    assert backend.encode(f"<{DSML}").tokens != backend.encode("<｜").tokens + backend.encode(DSML[1:]).tokens
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)

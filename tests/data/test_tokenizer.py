@@ -146,18 +146,20 @@ def test_a_tokenizer_without_chat_tokens_says_which(tmp_path: Path) -> None:
 
 
 def test_dsml_is_the_added_token_where_there_is_one(byte_tokenizer, without_dsml) -> None:
+    import copy
+
     from tokenizers import AddedToken
 
     assert chat_ids(byte_tokenizer).dsml == byte_tokenizer.convert_tokens_to_ids(DSML) == 0xFA
     assert chat_ids(without_dsml).dsml is None
-    text = f"a{DSML}b"
-    ours, theirs = encode_texts(without_dsml, [text, text], [{1}, ()])
-    assert bytes(ours) == bytes(theirs) == text.encode()  # the difference is where the text is cut
-    added = without_dsml.__class__(tokenizer_object=without_dsml.backend_tokenizer.__class__.from_str(
-        without_dsml.backend_tokenizer.to_str()), bos_token=BOS, eos_token=EOS)  # fmt: skip
+    text = f"a<{DSML}b"
+    (ours,), (theirs,) = encode_texts(without_dsml, [text], [{2}]), encode_texts(without_dsml, [text])
+    assert ours == without_dsml(text).input_ids != theirs  # markup, and what somebody wrote
+    assert without_dsml.decode(ours) == without_dsml.decode(theirs) == text
+    added = copy.deepcopy(without_dsml)
     added.add_tokens([AddedToken(DSML, normalized=False, special=False)])  # as in DeepSeek-V4's
-    assert chat_ids(added).dsml == 256
-    assert 256 in added(text).input_ids and 256 not in encode_texts(added, [text])[0]
+    (dsml,) = added(DSML).input_ids
+    assert chat_ids(added).dsml == dsml and dsml not in encode_texts(added, [text])[0]
 
 
 def test_a_tokenizer_that_cannot_spell_dsml_says_so_when_tools_come() -> None:
