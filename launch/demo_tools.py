@@ -5,8 +5,8 @@ worth.
 
 The policy learns to call a calculator for arithmetic beyond its head and to search a corpus for answers that take two
 documents, in the middle of its reasoning. Every stage is an ordinary command line (echoed, so that it can be copied) on
-two ranks; a stage that is finished is not run again. At the end each policy is asked the same held-out problems with and
-without its tools.
+two ranks; a stage that is finished is not run again. At the end each policy is asked the same held-out problems with
+and without its tools.
 """
 
 from __future__ import annotations
