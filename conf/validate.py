@@ -333,11 +333,12 @@ def environments(config: RunConfig, world_size: int) -> Iterator[str]:
         name, colon, level = rl.env.partition(":")
         hardest = ENVIRONMENT_LEVELS.get(name, 0)
         known = level.isascii() and level.isdigit() and len(level) <= 2
+        own = colon and bool(level) and not level[0].isdigit()  # MODULE:CLASS, which rl/env/registry.py looks up
         if name == VERIFIERS and not level:
             yield f"rl.env={rl.env} names no taskset: give verifiers:ID"
-        elif name not in (*ENVIRONMENT_LEVELS, VERIFIERS):
+        elif name not in (*ENVIRONMENT_LEVELS, VERIFIERS) and not own:
             yield f"rl.env={rl.env} is not known: {nearest(name, [*ENVIRONMENT_LEVELS, VERIFIERS])}"
-        elif name != VERIFIERS and colon and not (known and 1 <= int(level) <= hardest):
+        elif name != VERIFIERS and not own and colon and not (known and 1 <= int(level) <= hardest):
             yield f"rl.env={rl.env} has no such level: give {name}:1 to {name}:{hardest}"
         for key, given in (("rl.path", rl.path), ("rl.tasks", ",".join(rl.tasks))):
             if given:

@@ -45,9 +45,10 @@ class Offer:
 
     def plays(self, asked: Asked) -> bool:
         """Whether its sample is a trajectory: it has tools, or an environment that looks at its end."""
-        return bool(asked.env) or self._has_tools(asked)
+        return bool(asked.env) or self.has_tools(asked)
 
-    def _has_tools(self, asked: Asked) -> bool:
+    def has_tools(self, asked: Asked) -> bool:
+        """Whether the policy is told of its tools and may call them."""
         of_domain = self.rl.of(asked.domain)
         return of_domain.use_tools and bool(asked.env or of_domain.tools.names or of_domain.tools.mcp)
 
@@ -60,17 +61,15 @@ class Offer:
         return environment
 
     def tools(self, asked: Asked) -> list[Tool]:
-        """A trajectory's own."""
-        if not self._has_tools(asked):
-            return []
+        """A trajectory's own; those of an environment also where they are not offered, for its verifier."""
         environment = self.environment(asked)
         if environment is not None:
             return environment.tools(problem_of(asked))
-        return open_tools(self.rl.tools.names, self.shared)
+        return open_tools(self.rl.tools.names, self.shared) if self.has_tools(asked) else []
 
     def schemas(self, asked: Asked) -> list[dict[str, Any]]:
         """What the prompt says of its tools: the same for all problems of an environment and for all other prompts."""
-        if not self._has_tools(asked):
+        if not self.has_tools(asked):
             return []
         if asked.env not in self._schemas:
             self._schemas[asked.env] = [tool.schema() for tool in self.tools(asked)]

@@ -76,7 +76,7 @@ def _prompts(config: RunConfig, rl: RLConfig, split: str, start: int = 0) -> Ite
 def env_prompts(env: str, split: str, seed: int, heldout: float, start: int = 0) -> Iterator[Prompt]:
     """The problems of ENV or ENV:LEVEL from number `start` on. train: no end; heldout: each key once, then it ends."""
     environment, level = choose(env)
-    name, seen, repeated = f"{environment.name}:{level}", set[str](), 0
+    seen, repeated = set[str](), 0
     for index in count(start if split == "train" else 0):
         problem = environment.problem_at(index, split, seed, level, heldout)
         if split != "train":
@@ -86,7 +86,7 @@ def env_prompts(env: str, split: str, seed: int, heldout: float, start: int = 0)
             if repeated:
                 continue
             seen.add(problem.key)
-        yield Prompt(problem.prompt, problem.answer, environment.name, problem.key, env=name, state=problem.state)
+        yield Prompt(problem.prompt, problem.answer, environment.name, problem.key, env=env, state=problem.state)
 
 
 def _tasks(config: RunConfig, rl: RLConfig) -> tuple[str, ...]:

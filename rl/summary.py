@@ -84,7 +84,7 @@ def tool_sums(samples: Sequence[Sample]) -> dict[str, float]:
         "malformed": sum(sample.num_malformed for sample in played),
         "seconds": sum(call.seconds for call in calls),
         "calling": sum(bool(sample.calls) for sample in played),
-        "resumed": sum(sample.resumed for sample in played),
+        "resumed": sum(sample.resumed and bool(sample.calls) for sample in played),
         "no_turns": sum(sample.finish_reason == "turns" for sample in played),
         "no_context": sum(sample.finish_reason == "context" for sample in played),
     }

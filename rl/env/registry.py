@@ -1,7 +1,11 @@
-"""Environments by name, as a run names them: `NAME` (level 1) or `NAME:LEVEL`; `verifiers:ID` is a taskset of that
-package (verifiers_adapter.py)."""
+"""Environments by name, as a run names them: `NAME` (level 1) or `NAME:LEVEL`; `MODULE:CLASS[:LEVEL]` is one of the
+user's own, `verifiers:ID` a taskset of that package (verifiers_adapter.py)."""
 
 from __future__ import annotations
+
+import functools
+import importlib
+import inspect
 
 from conf.errors import UserError, nearest
 from rl.env.calculator import CalculatorEnvironment
@@ -23,12 +27,36 @@ def choose(chosen: str) -> tuple[Environment, int]:
     if name == VerifiersEnvironment.name:
         if not level:
             raise UserError(f"{chosen} names no taskset: give verifiers:ID")
-        return VerifiersEnvironment(level), 1
+        return _taskset(level), 1
+    if level and not level.isdecimal():
+        module, (wanted, _, level) = name, level.partition(":")
+        name, environment = f"{module}:{wanted}", _imported(module, wanted)
+        return environment, _level(chosen, name, environment, level)
     if name not in ENVIRONMENTS:
         raise UserError(f"environment {name!r} is not known: {nearest(name, [*ENVIRONMENTS, 'verifiers'])}")
-    environment = ENVIRONMENTS[name]
-    if not colon:
-        return environment, 1
+    return ENVIRONMENTS[name], _level(chosen, name, ENVIRONMENTS[name], level if colon else "")
+
+
+def _level(chosen: str, name: str, environment: Environment, level: str) -> int:
+    if not level:
+        return 1
     if not (level.isascii() and level.isdecimal()) or not 1 <= int(level[:9]) <= environment.max_level:
         raise UserError(f"{chosen} has no such level: {name} has 1 to {environment.max_level}")
-    return environment, int(level)
+    return int(level)
+
+
+@functools.cache
+def _taskset(taskset: str) -> Environment:
+    return VerifiersEnvironment(taskset)
+
+
+@functools.cache
+def _imported(module: str, wanted: str) -> Environment:
+    """The user's own, made once a process."""
+    try:
+        found = vars(importlib.import_module(module)).get(wanted)
+    except ImportError as error:
+        raise UserError(f"rl.env={module}:{wanted}: {error}: is its folder on PYTHONPATH?") from error
+    if not (inspect.isclass(found) and issubclass(found, Environment)) or inspect.isabstract(found):
+        raise UserError(f"rl.env={module}:{wanted} is no class that fills in rl.env.environment.Environment")
+    return found()

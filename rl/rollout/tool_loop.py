@@ -37,6 +37,7 @@ class _Player:
     tools: list[Tool]
     box: ToolBox
     environment: Environment | None
+    offered: bool  # whether calls are answered
     user_turn: int = 0
     verdict: float | None = None
     verdict_error: str = ""
@@ -106,7 +107,8 @@ class ToolLoop:
             self.offer.encode,
             lambda results: encode_tool_results(results, self.tokenizer),
         )
-        return _Player(trajectory, tools, ToolBox(tools, self.offer.shared.limits), self.offer.environment(request))
+        box, environment = ToolBox(tools, self.offer.shared.limits), self.offer.environment(request)
+        return _Player(trajectory, tools, box, environment, self.offer.has_tools(request))
 
     def _draw(
         self, plain: Mapping[int, RolloutRequest], drawing: Mapping[int, _Player], done: Callable[[int], object]
@@ -130,7 +132,7 @@ class ToolLoop:
             return
         if trajectory.summary_asked_at is not None:
             trajectory.begin_again(turn.content)
-        elif turn.calls:
+        elif turn.calls and player.offered:
             records = await player.box.run(turn.calls)
             trajectory.calls += records
             submitted = next((record.result for record in records if record.ended), None)
@@ -138,7 +140,7 @@ class ToolLoop:
                 trajectory.end("stop", submitted)
             else:
                 trajectory.read_results([record.result for record in records], self.weight_version)
-        elif player.tools and turn.error is not None and OPENER in sample.text:
+        elif player.offered and turn.error is not None and OPENER in sample.text:
             trajectory.num_malformed += 1
             trajectory.read_results([f"Error: {turn.error}"], self.weight_version)
         else:

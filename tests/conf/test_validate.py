@@ -65,6 +65,10 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("rl.tools.context_share=1", "rl.tools.context_share=1 is outside (0, 1): give a value inside"),
         ("rl.tools.max_turns=0", "rl.tools.max_turns=0 is too small: give 1 or more"),
         ("rl.env=serch rl.outcome=environment", "rl.env=serch is not known: did you mean search?"),
+        (
+            "rl.env=my.world:World",
+            "rl.env=my.world:World has a verifier of its own: give rl.outcome=environment instead of exact_match",
+        ),
         ("rl.env=search:4 rl.outcome=environment", "rl.env=search:4 has no such level: give search:1 to search:3"),
         ("rl.env=verifiers rl.outcome=environment", "rl.env=verifiers names no taskset: give verifiers:ID"),
         (

@@ -420,3 +420,7 @@ def test_use_tools_false_asks_without_them(monkeypatch):
     rl = RLConfig(env="echo:1", outcome="environment", use_tools=False)
     offer = Offer(rl, TOKENIZER, Path("unused"))
     assert offer.messages(request()) == [{"role": "user", "content": "problem 0"}]
+    engine = Scripted(script(says("t", "so", "yes")))
+    (sample,) = ToolLoop(engine, TOKENIZER, rl, offer, 8000).generate([replace(request(), prompt_ids=(1, 2))])
+    assert sample.calls == () and sample.finish_reason == "stop" and sample.text == "t</think>so"
+    assert sample.verdict == 0.0 and sample.verdict_error == "" and world.opened[-1].closed == 1
