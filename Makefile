@@ -1,7 +1,8 @@
-# Four targets; the last three call the first.
+# Five targets; the last four call the first.
 #   make setup   .venv with everything in it     (TORCH=cpu: PyTorch's CPU builds, where the default would bring CUDA's)
 #   make test    lint, types, all tests
 #   make demo    the main job on real text       (DEMO=short: fewer steps)
+#   make demo-tools   reasoning in tool use      (DEMO=short: fewer steps, no promises)
 #   make bench   measurements, as JSON under bench/
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ else ifneq ($(TORCH),default)
 $(error TORCH=$(TORCH) is not known: use cpu or default)
 endif
 
-.PHONY: setup test demo bench
+.PHONY: setup test demo demo-tools bench
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -42,6 +43,9 @@ test: setup
 
 demo: setup
 	$(BIN)/python launch/demo.py $(if $(filter short,$(DEMO)),--short)
+
+demo-tools: setup
+	$(BIN)/python launch/demo_tools.py $(if $(filter short,$(DEMO)),--short)
 
 bench: setup
 	$(BIN)/python -m bench

@@ -14,6 +14,7 @@ import bench.rollout  # noqa: F401
 import bench.sandbox  # noqa: F401
 import bench.save  # noqa: F401
 import bench.speciale  # noqa: F401
+import bench.tool_use  # noqa: F401
 from bench.registry import BENCHMARKS, run
 
 if __name__ == "__main__":

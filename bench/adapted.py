@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "bench"
 
 
-def _python(*arguments: str) -> str:
+def run_python(*arguments: str) -> str:
     """Runs Python on one thread -> its stdout."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *arguments]
@@ -28,12 +28,12 @@ def _python(*arguments: str) -> str:
 def stage(arguments: str, ranks: int = 1, program: tuple[str, ...] = ("launch/stage.py",)) -> None:
     """Runs one stage, a core for each rank; one that is finished is not run again."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    _python(*launcher, *program, *shlex.split(arguments), "tracker=none")
+    run_python(*launcher, *program, *shlex.split(arguments), "tracker=none")
 
 
 def plan() -> dict[str, Any]:
     """The demo's: `commands` (name -> arguments of launch/stage.py, under OUT), `domains`, `min_gain`."""
-    found: dict[str, Any] = json.loads(_python("launch/demo.py", "--list", "--dir", str(OUT.relative_to(ROOT))))
+    found: dict[str, Any] = json.loads(run_python("launch/demo.py", "--list", "--dir", str(OUT.relative_to(ROOT))))
     return found
 
 

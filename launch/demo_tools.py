@@ -162,9 +162,13 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps of everything, without promises, for CI")
     parser.add_argument("--dir", default=None, help="folder of the runs (runs/demo_tools, or runs/demo_tools_short)")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="print the plan as JSON (name: arguments) and run nothing")
     options = parser.parse_args()
     plan = SHORT if options.short else FULL
     out = Path(options.dir or ("runs/demo_tools_short" if options.short else "runs/demo_tools"))
+    if options.list:
+        print(json.dumps({"traces": dict(trace_commands(plan, out)), "commands": dict(commands(plan, out))}, indent=1))
+        return
     start = time.monotonic()
     write_traces(plan, out)
     for name, arguments in commands(plan, out):
