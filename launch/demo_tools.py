@@ -47,11 +47,11 @@ class Plan:
 FULL = Plan(
     environments={"calculator": "calculator:1", "search": "search:1"},
     traces=8000,
-    base=1500,
-    warmup=150,
-    cold_start=400,
-    grpo=24,
-    prompts=16,
+    base=2400,
+    warmup=60,
+    cold_start=150,
+    grpo=16,
+    prompts=8,
     eval_prompts=128,
     min_gap=0.3,
     min_gain=0.05,
@@ -84,13 +84,13 @@ def trace_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
 def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     """(name, arguments of launch/stage.py) in order."""
     mixed = f"data.source=files data.path={out}/base_traces.jsonl data.synthetic_share=0.4 data.seq_len=512"
-    mixed += " data.tasks=arithmetic:3,words:2"
+    mixed += " data.tasks=sorting:3,words:2"
     traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1024"
     each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
-    asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=320 rl.tools.max_turns=6"
-    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=1e-4"
+    asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
+    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4"
     curve = f"rl.eval_every={max(1, plan.grpo // 4)} rl.eval_prompts={plan.eval_prompts // 2}"
-    vocabulary = "model=tiny model.vocab_size=768 data.tokenizer=train:768"
+    vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 data.tokenizer=train:768"
     found = [
         ("base", f"+stage=pretrain {vocabulary} {mixed} train.steps={plan.base}"),
         ("warmup", f"+stage=dense_warmup init_from={out}/base {traces} train.steps={plan.warmup} optim.lr=1e-2"),

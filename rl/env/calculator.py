@@ -1,6 +1,6 @@
 """Arithmetic past what fits in the head, with an exact calculator.
 
-    1  347*682=?                                                               one call
+    1  47*82=?  347-682=?                                                      one call
     2  Let x=347*682. If x is even, y=x+5129, else y=x*86. y=?                 two; which one is second, the first tells
     3  A farm has 347 rows of 682 eggs. 5129 more come. If the number is even, each sells for 37, else for 41. How much
        is earned?                                                              three
@@ -58,16 +58,17 @@ def _chosen(step: Step, value: int) -> str:
     return step if isinstance(step, str) else step[value % 2]
 
 
-def _pair(rng: random.Random, parity: int | None = None) -> tuple[int, int]:
+def _pair(rng: random.Random, parity: int) -> tuple[int, int]:
     """Factors whose product is even (parity 0) or odd (1): of any two, three would be even in four."""
     a, b = rng.randint(101, 999), rng.randint(101, 999)
-    return (a, b) if parity is None else (a | 1, b | 1) if parity else (a & ~1, b)
+    return (a | 1, b | 1) if parity else (a & ~1, b)
 
 
 def _make(rng: random.Random, level: int) -> EnvProblem:
     if level == 1:
         sign = rng.choice("**+-")
-        a, b = _pair(rng) if sign == "*" else (rng.randint(10**5, 10**6 - 1), rng.randint(10**5, 10**6 - 1))
+        least, most = (12, 99) if sign == "*" else (101, 999)
+        a, b = rng.randint(least, most), rng.randint(least, most)
         a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
         first = f"{a}{sign}{b}"
         key = pair_key(a, b) if sign == "+" else f"calculator:{_ordered(a, sign, b)}"

@@ -8,6 +8,7 @@ everywhere. A `Corpus` is dear and shared by all trajectories; the tools over it
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,8 @@ class Corpus:
 
     def __init__(self, documents: Iterable[Document]) -> None:
         import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
         self.documents = list(documents)
         self.by_id = {document.id: document for document in self.documents}
