@@ -201,11 +201,19 @@ def save_yaml(config: RunConfig, path: str | Path) -> None:
     partial.replace(path)
 
 
+def _of_today(values: Any) -> Any:
+    """What earlier versions wrote, in today's fields: `rl.tools` was a switch, which only ever was off."""
+    rl = values.get("rl") if isinstance(values, Mapping) else None
+    if isinstance(rl, Mapping) and isinstance(rl.get("tools"), bool):
+        return {**values, "rl": {name: value for name, value in rl.items() if name != "tools"}}
+    return values
+
+
 def load_yaml(path: str | Path) -> RunConfig:
     """Reads what `save_yaml` wrote. Raises UserError naming the file where it is missing, no YAML or no such config."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return from_dict(values)
+        return from_dict(_of_today(values))
     except OSError as error:
         raise UserError(f"cannot read the run's configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

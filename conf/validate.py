@@ -333,7 +333,8 @@ def environments(config: RunConfig, world_size: int) -> Iterator[str]:
         name, colon, level = rl.env.partition(":")
         hardest = ENVIRONMENT_LEVELS.get(name, 0)
         known = level.isascii() and level.isdigit() and len(level) <= 2
-        own = colon and bool(level) and not level[0].isdigit()  # MODULE:CLASS, which rl/env/registry.py looks up
+        # MODULE:CLASS, which rl/env/registry.py looks up
+        own = name not in ENVIRONMENT_LEVELS and bool(level) and not level[0].isdigit()
         if name == VERIFIERS and not level:
             yield f"rl.env={rl.env} names no taskset: give verifiers:ID"
         elif name not in (*ENVIRONMENT_LEVELS, VERIFIERS) and not own:

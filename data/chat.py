@@ -172,6 +172,13 @@ def encode_tool_results(results: Sequence[str], tokenizer: PreTrainedTokenizerFa
     return ids_of(pieces, tokenizer)[0]
 
 
+def encode_question(content: str, tokenizer: PreTrainedTokenizerFast, thinking: bool = True) -> list[int]:
+    """What follows the assistant's eos where the user speaks again, under a rule that does not fork at `user`."""
+    opening = Piece(THINK if thinking else END_THINK, markup=True)
+    pieces = [Piece(USER, markup=True), Piece(content), Piece(ASSISTANT, markup=True), opening]
+    return ids_of(pieces, tokenizer)[0]
+
+
 def said_message(turn: Turn, thinking: bool = True) -> dict[str, Any]:
     """What was parsed as a message again, to go on with a conversation."""
     message: dict[str, Any] = {"role": "assistant", "content": turn.content}

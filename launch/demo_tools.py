@@ -139,7 +139,7 @@ def check(rows: dict[str, dict[str, float]], plan: Plan) -> list[str]:
     gain = rows["grpo_eval"]["accuracy"] - rows["cold_start_eval"]["accuracy"]
     promises.append((gain >= plan.min_gain, f"accuracy that GRPO adds: {gain:+.3f} (at least {plan.min_gain})"))
     resumed = rows["grpo_eval"]["tool/resumed_frac"]
-    print(f"  trajectories that think on after a tool's result: {resumed:.3f}")
+    print(f"  trajectories that think on after a tool's result: {'none' if resumed is None else f'{resumed:.3f}'}")
     for kept, line in promises:
         print(f"  {'kept  ' if kept else 'BROKEN'}  {line}")
     return [line for kept, line in promises if not kept]

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 from conf.schema import RLConfig
 from data.chat import encode_prompt
-from data.context import CONTEXT_RULES
+from data.context import CONTEXT_RULES, ContextRule
 from data.prompts import Prompt
 from rl.env.environment import Environment, EnvProblem
 from rl.env.registry import choose
 from rl.messages import RolloutRequest
 from rl.rewards.proof import generator_prompt
-from rl.tools.registry import open_tools
+from rl.tools.loop_thread import LoopThread
+from rl.tools.registry import open_tools, python_limits
 from rl.tools.shared import Shared
 from rl.tools.tool import Tool
 
@@ -35,6 +36,7 @@ class Offer:
         self.rl, self.tokenizer = rl, tokenizer
         self.rule = CONTEXT_RULES[rl.tools.reasoning]
         self.shared = Shared(rl.tools, folder, rank)
+        self._loop: LoopThread | None = None
         self._schemas: dict[str, list[dict[str, Any]]] = {}
 
     def __enter__(self) -> Self:
@@ -42,6 +44,15 @@ class Offer:
 
     def __exit__(self, *_: object) -> None:
         self.shared.close()
+        if self._loop is not None:
+            self._loop.close()
+
+    @property
+    def loop(self) -> LoopThread:
+        """Where tools and environments run, for as long as the run."""
+        if self._loop is None:
+            self._loop = LoopThread("tools")
+        return self._loop
 
     def plays(self, asked: Asked) -> bool:
         """Whether its sample is a trajectory: it has tools, or an environment that looks at its end."""
@@ -57,7 +68,7 @@ class Offer:
             return None
         environment, _ = choose(asked.env)
         if environment.wants_pool:
-            environment.pool = self.shared.pool()
+            environment.pool, environment.python_limits = self.shared.pool(), python_limits(self.rl.tools)
         return environment
 
     def tools(self, asked: Asked) -> list[Tool]:
@@ -83,8 +94,8 @@ class Offer:
         tools = self.schemas(asked)
         return [{"role": "system", "content": "", "tools": tools}, *found] if tools else found
 
-    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        return encode_prompt(messages, self.tokenizer, context=self.rule)
+    def encode(self, messages: Sequence[dict[str, Any]], rule: ContextRule | None = None) -> list[int]:
+        return encode_prompt(messages, self.tokenizer, context=rule or self.rule)
 
 
 def problem_of(asked: Asked) -> EnvProblem:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
 from rl.messages import RolloutRequest, Sample, TokenColumns
 from rl.tools.record import CallRecord
 
@@ -76,7 +77,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sample]:
     kept = ([*islice(words, size)] for size in tensors["kept_sizes"].tolist())
     records = {}
     for name in RECORDS:
-        sizes = [row["size"] for header in headers for row in header["rows"] if name in row["has"]]
+        sizes = [row["size"] for header in headers for row in header.get("rows", ()) if name in row["has"]]
         records[name] = iter(tensors[name].split(sizes) if sizes else ())
 
     def columns(size: int, has: Sequence[str]) -> TokenColumns:
@@ -86,6 +87,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sample]:
         return TokenColumns(**each)
 
     for header in headers:
+        if "rows" not in header:
+            raise UserError("the checkpoint holds unfinished samples of an earlier version: start in a new output_dir")
         *earlier, tokens = [columns(row["size"], row["has"]) for row in header["rows"]]
         request = RolloutRequest(**header["request"] | {"prompt_ids": tuple(header["request"]["prompt_ids"])})
         found.append(

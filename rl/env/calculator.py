@@ -5,7 +5,8 @@
     3  A farm has 347 rows of 682 eggs. 5129 more come. If the number is even, each sells for 37, else for 41. How much
        is earned?                                                              three
 
-The calculator knows no parity, so from level 2 on no single call does: the policy has to think again after a result.
+From level 2 on the next operation depends on whether a result is even, so the solver has to think again after it. (One
+call with `%` can spell out both branches; nothing forbids a policy to find that out.)
 Prompts are short and regular: a tiny model learns them by copying numbers.
 
 The key is the chain of operations with the operands of a first sum or product in order; things and verbs do not matter.

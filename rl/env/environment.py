@@ -42,12 +42,14 @@ Solution = Generator[Said, Sequence[str], Said]  # yields messages with calls, i
 
 class Environment(ABC):
     """Stateless and cheap to make: every process has one by name. What is dear (an index) is made once, where it is
-    first used. `pool`: of sandboxes (rl/sandbox), set by whoever opens a run where `wants_pool`."""
+    first used. `pool` of sandboxes (rl/sandbox) and `python_limits` (seconds of a call, calls): set by whoever opens a
+    run, where `wants_pool`."""
 
     name: ClassVar[str]
     max_level: ClassVar[int]
     wants_pool: ClassVar[bool] = False
     pool: Any = None
+    python_limits: tuple[float, int] = (117.0, 20)
 
     @abstractmethod
     def problem_at(self, index: int, split: str, seed: int, level: int, share: float) -> EnvProblem:

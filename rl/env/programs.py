@@ -110,7 +110,7 @@ class ProgramsEnvironment(Environment):
         from rl.tools.python import PythonTool
         from rl.tools.submit import Submit
 
-        return [PythonTool(self.pool), Submit()]
+        return [PythonTool(self.pool, *self.python_limits), Submit()]
 
     async def verify(self, problem: EnvProblem, answer: str, tools: Sequence[Tool]) -> float:
         from rl.sandbox import run_program

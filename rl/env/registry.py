@@ -28,7 +28,7 @@ def choose(chosen: str) -> tuple[Environment, int]:
         if not level:
             raise UserError(f"{chosen} names no taskset: give verifiers:ID")
         return _taskset(level), 1
-    if level and not level.isdecimal():
+    if name not in ENVIRONMENTS and level and not level.isdecimal():
         module, (wanted, _, level) = name, level.partition(":")
         name, environment = f"{module}:{wanted}", _imported(module, wanted)
         return environment, _level(chosen, name, environment, level)

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from conf.errors import UserError
 from conf.schema import RLConfig
-from data.chat import encode_tool_results
+from data.chat import encode_question, encode_tool_results
 from data.dsml import OPENER, parse_turn
 from data.tokenizer import END_THINK
 from rl.env.environment import Environment
-from rl.messages import RolloutRequest, Sample
+from rl.messages import RolloutRequest, Sample, prompt_columns
 from rl.offer import Offer, problem_of
 from rl.rollout import RolloutEngine
 from rl.rollout.trajectory import Room, Trajectory
+from rl.tools.plain import clean
 from rl.tools.runner import ToolBox, described
 from rl.tools.tool import Tool
 
@@ -73,9 +76,11 @@ class ToolLoop:
         if not any(self.offer.plays(request) for request in requests):
             return self.engine.generate(requests, done, begun=begun, limit=limit)
         assert limit is None and not begun, "a trajectory with tools is drawn in one go"
-        return asyncio.run(self._generate(requests, done))
+        return self._generate(requests, done)
 
-    async def _generate(self, requests: Sequence[RolloutRequest], done: Callable[[int], object]) -> list[Sample]:
+    def _generate(self, requests: Sequence[RolloutRequest], done: Callable[[int], object]) -> list[Sample]:
+        """Draws in this thread; everything that tools and environments do is in the loop's."""
+        loop = self.offer.loop
         plain = {number: request for number, request in enumerate(requests) if not self.offer.plays(request)}
         players: dict[int, _Player] = {}
         found: dict[int, Sample] = {}
@@ -85,17 +90,28 @@ class ToolLoop:
             while plain or drawing or waiting:
                 while waiting and len(drawing) < self.rl.tools.concurrent:
                     number = waiting.popleft()
-                    drawing[number] = players[number] = self._player(requests[number])
+                    try:  # an environment is anybody's code: what it raises costs its sample, not the run
+                        player = self._player(requests[number])
+                    except UserError:
+                        raise
+                    except Exception as failure:
+                        found[number] = not_played(requests[number], self.weight_version, described(failure))
+                        done(1)
+                    else:
+                        drawing[number] = players[number] = player
                 drawn = self._draw(plain, drawing, done)
                 found |= {number: drawn.pop(number) for number in plain}
-                await asyncio.gather(*(self._react(drawing[number], sample) for number, sample in drawn.items()))
+                reacting = [self._react(drawing[number], sample) for number, sample in drawn.items()]
+                loop.wait(_all(reacting), lambda: done(0))
                 ended = {n: p for n, p in drawing.items() if p.trajectory.finish_reason is not None}
-                await asyncio.gather(*(self._finish(player) for player in ended.values()))
+                # a verifier may stand in a queue behind all others: how slow the others are must not fail its grade
+                deadline = self.rl.tools.seconds * (1 + len(ended))
+                loop.wait(_all([self._finish(player, deadline) for player in ended.values()]), lambda: done(0))
                 found |= {number: sample_of(player) for number, player in ended.items()}
                 done(len(plain) + len(ended))
                 plain, drawing = {}, {n: p for n, p in drawing.items() if n not in ended}
         finally:
-            await asyncio.gather(*(player.box.close() for player in players.values()))
+            loop.wait(_all([player.box.close() for player in players.values()]))
         return [found[number] for number in range(len(requests))]
 
     def _player(self, request: RolloutRequest) -> _Player:
@@ -106,6 +122,7 @@ class ToolLoop:
             self.room,
             self.offer.encode,
             lambda results: encode_tool_results(results, self.tokenizer),
+            lambda content: encode_question(content, self.tokenizer),
         )
         box, environment = ToolBox(tools, self.offer.shared.limits), self.offer.environment(request)
         return _Player(trajectory, tools, box, environment, self.offer.has_tools(request))
@@ -131,7 +148,7 @@ class ToolLoop:
         if trajectory.finish_reason is not None:
             return
         if trajectory.summary_asked_at is not None:
-            trajectory.begin_again(turn.content)
+            trajectory.begin_again(turn.content if turn.error is None else "")
         elif turn.calls and player.offered:
             records = await player.box.run(turn.calls)
             trajectory.calls += records
@@ -140,9 +157,10 @@ class ToolLoop:
                 trajectory.end("stop", submitted)
             else:
                 trajectory.read_results([record.result for record in records], self.weight_version)
-        elif player.offered and turn.error is not None and OPENER in sample.text:
+        elif player.offered and OPENER in sample.text:
+            reason = turn.error or "a call inside the thought runs nothing: end the thought, then call"
             trajectory.num_malformed += 1
-            trajectory.read_results([f"Error: {turn.error}"], self.weight_version)
+            trajectory.read_results([f"Error: {reason}"], self.weight_version, answered=False)
         else:
             await self._answered(player, None if turn.error else turn.content)
 
@@ -152,23 +170,26 @@ class ToolLoop:
         message = None
         if environment is not None:
             problem = problem_of(trajectory.request)
-            try:  # an environment is anybody's code: what it raises costs its trajectory, not the run
-                message = await environment.step(problem, answer or "", player.tools, player.user_turn)
+            stepping = environment.step(problem, answer or "", player.tools, player.user_turn)
+            try:  # as in `_generate`
+                message = await asyncio.wait_for(stepping, self.rl.tools.seconds)
+                if message is not None:
+                    message = clean(message)
             except Exception as failure:
-                player.verdict_error = f"step: {described(failure)}"
+                message, player.verdict_error = None, f"step: {described(failure)}"
         if message is None:
             trajectory.end("stop", answer)
         else:
             player.user_turn += 1
-            trajectory.hear(message)
+            trajectory.hear(message, self.weight_version)
 
-    async def _finish(self, player: _Player) -> None:
+    async def _finish(self, player: _Player, deadline: float) -> None:
         """The environment's verdict on how it ended, before the tools are closed."""
         environment, trajectory = player.environment, player.trajectory
         if environment is not None and not player.verdict_error:
             verifying = environment.verify(problem_of(trajectory.request), trajectory.answer or "", player.tools)
             try:  # as above: a verifier that fails is a failed grade
-                verdict = float(await asyncio.wait_for(verifying, self.rl.tools.seconds))
+                verdict = float(await asyncio.wait_for(verifying, deadline))
                 if 0.0 <= verdict <= 1.0:
                     player.verdict = verdict
                 else:
@@ -176,6 +197,15 @@ class ToolLoop:
             except Exception as failure:
                 player.verdict_error = f"verify: {described(failure)}"
         await player.box.close()
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*work)
+
+
+def not_played(request: RolloutRequest, version: int, reason: str) -> Sample:
+    """A sample without a token: its grade fails, and its group is left out."""
+    return Sample(request, prompt_columns(request.prompt_ids, version), "", "stop", verdict_error=reason)
 
 
 def sample_of(player: _Player) -> Sample:

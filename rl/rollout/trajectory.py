@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.chat import said_message
-from data.context import ContextRule
+from data.context import KEEP_ALL, ContextRule
 from data.dsml import Turn
 from rl.messages import CUT, RolloutRequest, Sample, TokenColumns, extended
 from rl.rollout.context import DISCARDED, SUMMARY_REQUEST, discarded, with_summary
@@ -41,14 +41,15 @@ def row_seed(seed: int, number: int) -> int:
 
 @dataclass
 class Trajectory:
-    """`messages`: the conversation that `request.prompt_ids` encodes. encode: messages -> ids of a prompt; results:
-    texts -> ids of what the policy reads of them."""
+    """`messages`: the conversation that `request.prompt_ids` encodes. The encoders: messages -> ids of a prompt; what
+    tools or the user said -> ids that go behind what the policy said."""
 
     request: RolloutRequest
     messages: list[dict[str, Any]]
     room: Room
-    encode: Callable[[Sequence[dict[str, Any]]], list[int]]
+    encode: Callable[..., list[int]]  # (messages, rule=None)
     encode_results: Callable[[Sequence[str]], list[int]]
+    encode_question: Callable[[str], list[int]]
     prompt_ids: tuple[int, ...] = ()  # of the row that goes on
     earlier: list[TokenColumns] = field(default_factory=list)
     row: TokenColumns | None = None  # None: nothing is drawn of it yet
@@ -58,6 +59,7 @@ class Trajectory:
     calls: list[CallRecord] = field(default_factory=list)
     resumed: bool = False  # a thought went on after a result
     num_malformed: int = 0  # messages whose calls nobody could read
+    _has_read: bool = False  # the last thing was a tool's result
     summary_asked_at: int | None = None  # place of the message that asks for a summary, while its answer is awaited
     finish_reason: str | None = None
     answer: str | None = None  # what the assistant said last for the user; None: it never came to that
@@ -92,11 +94,14 @@ class Trajectory:
 
     def take(self, drawn: Sample, turn: Turn) -> None:
         """A message was drawn."""
-        self.row, self.turn = drawn.tokens, self.turn + 1
+        row, begins = drawn.tokens, self.row is None
+        # an engine counts from 0 in every row
+        self.row = replace(row, turns=[turn + self.turn for turn in row.turns]) if begins else row
+        self.turn += 1
         self.said.append(drawn.text)
         self.thoughts.append(turn.reasoning)
-        after_result = self.messages[-1]["role"] == "tool"
-        self.resumed = self.resumed or (after_result and bool(turn.reasoning.strip()))
+        self.resumed = self.resumed or (self._has_read and bool(turn.reasoning.strip()))
+        self._has_read = False
         if drawn.finish_reason == "stop":
             self.messages.append(said_message(turn))
         else:
@@ -105,8 +110,9 @@ class Trajectory:
     def end(self, reason: str, answer: str | None = None) -> None:
         self.finish_reason, self.answer = reason, answer
 
-    def read_results(self, results: Sequence[str], version: int) -> None:
-        """What tools gave back, or one line on a malformed call."""
+    def read_results(self, results: Sequence[str], version: int, answered: bool = True) -> None:
+        """What tools gave back; not `answered`: one line on a malformed call."""
+        self._has_read = answered
         self.messages += [{"role": "tool", "content": text} for text in results]
         if self._at_an_end():
             return
@@ -121,23 +127,33 @@ class Trajectory:
         else:
             self.row = extended(self.row, ids, version, self.turn)
 
-    def hear(self, content: str) -> None:
+    def hear(self, content: str, version: int) -> None:
         """A message of the user's."""
         self.messages.append({"role": "user", "content": content})
-        if not self._at_an_end():
+        if self._at_an_end():
+            return
+        assert self.row is not None
+        ids = self.encode_question(content)
+        if "user" in self.room.rule.forks_at or self._is_full(len(self.row) + len(ids)):
             self._fork()
+        else:
+            self.row = extended(self.row, ids, version, self.turn)
 
     def begin_again(self, summary: str) -> None:
         """Goes on after the summary that it was asked for."""
         assert self.summary_asked_at is not None
-        self.messages = with_summary(self.messages[: self.summary_asked_at], summary)
-        self.summary_asked_at = None
-        if not self._at_an_end():
+        before, self.summary_asked_at = self.messages[: self.summary_asked_at], None
+        if self._at_an_end():
+            return
+        if summary.strip():
+            self.messages = with_summary(before, summary)
             self._fork()
+        else:  # nothing was said: what there is of calls is worth more than an empty summary
+            self._discard(before, 0.75)
 
-    def _fork(self) -> None:
+    def _fork(self, rule: ContextRule | None = None) -> None:
         """Closes the row; the conversation, encoded anew, begins the next."""
-        ids = tuple(self.encode(self.messages))
+        ids = tuple(self.encode(self.messages, rule))
         if len(ids) >= self.room.window:
             self.end("context")
             return
@@ -162,12 +178,15 @@ class Trajectory:
         if how == "summary":
             self.summary_asked_at = len(self.messages)
             self.messages.append({"role": "user", "content": SUMMARY_REQUEST})
-            self._fork()
+            self._fork(KEEP_ALL)  # whoever sums up must see its thoughts
         elif how in DISCARDED:
-            self.messages = discarded(self.messages, DISCARDED[how])
-            if self._is_full(len(self.encode(self.messages))):  # the question alone, or what is left of the calls
-                self.end("context")
-            else:
-                self._fork()
+            self._discard(self.messages, DISCARDED[how])
         else:
             self.end("context")
+
+    def _discard(self, messages: Sequence[dict[str, Any]], share: float) -> None:
+        self.messages = discarded(messages, share)
+        if self._is_full(len(self.encode(self.messages))):  # the question alone, or what is left of the calls
+            self.end("context")
+        else:
+            self._fork()

@@ -66,7 +66,11 @@ class Session:
             limit = timeout_s if timeout_s is not None else self._pool.limits.timeout_s
             try:
                 if self._box is None:
-                    self._box = await self._pool._take()
+                    box = await self._pool._take()
+                    if self._closed:  # meanwhile
+                        self._pool._close_later(box)
+                        raise RuntimeError("the session is closed")
+                    self._box = box
                 request = {"do": "cell", "code": code, "timeout_s": limit}
                 done = await self._box.ask(request, limit + GRACE_S + MARGIN_S)
             except BoxLost as error:
@@ -178,6 +182,7 @@ class SandboxPool:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*self._closing)  # what those left
 
     # -- what callers await
 
@@ -207,6 +212,7 @@ class SandboxPool:
         except asyncio.CancelledError:
             if abandon is not None:
                 self._loop.call_soon_threadsafe(abandon)
+            future.cancel()  # it may be waiting for a new sandbox
             raise
 
     # -- in the pool's loop

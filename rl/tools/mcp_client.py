@@ -21,11 +21,12 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from conf.errors import UserError
+from rl.tools.loop_thread import LoopThread
 from rl.tools.runner import described
 from rl.tools.tool import Tool, ToolError
 
@@ -53,34 +54,6 @@ PAUSE_S = 30.0
 MAX_PAGES = 100  # of a list of tools
 Result = TypeVar("Result")
 log = logging.getLogger("winnow.tools")
-
-
-class _Loop:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="mcp", daemon=True)
-        self.thread.start()
-
-    def wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """From another thread, blocking."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    async def ask(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """From another loop; cancelled here, it is cancelled there."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
-
-    def close(self) -> None:
-        async def stop() -> None:
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
-            await asyncio.sleep(0)  # they see it
-            self.loop.stop()
-
-        asyncio.run_coroutine_threadsafe(stop(), self.loop)
-        self.thread.join()
-        self.loop.close()
 
 
 class _Life:
@@ -226,7 +199,9 @@ class McpServer:
 class McpTool(Tool):
     """One tool of a server. Calls of different trajectories run side by side in it."""
 
-    def __init__(self, loop: _Loop, server: McpServer, name: str, description: str, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, loop: LoopThread, server: McpServer, name: str, description: str, parameters: dict[str, Any]
+    ) -> None:
         self.loop, self.server = loop, server
         self.name, self.description, self.parameters = name, description, parameters
 
@@ -242,7 +217,7 @@ class McpServers:
 
     def __init__(self, commands: Sequence[str], folder: Path, rank: int = 0, timeout_s: float = 120.0) -> None:
         self.commands, self.folder, self.rank, self.timeout_s = tuple(commands), folder, rank, timeout_s
-        self._loop: _Loop | None = None
+        self._loop: LoopThread | None = None
         self._servers: list[McpServer] = []
         self._listed: list[tuple[McpServer, Any]] = []
         self._lock = threading.Lock()
@@ -277,7 +252,7 @@ class McpServers:
         except ModuleNotFoundError as error:
             raise UserError("rl.tools.mcp needs the package mcp: pip install 'winnow[tools]'") from error
         self.folder.mkdir(parents=True, exist_ok=True)
-        loop = _Loop()
+        loop = LoopThread("mcp")
         for number, command in enumerate(self.commands):
             log_path = self.folder / f"mcp.{number}.rank_{self.rank}.log"
             try:

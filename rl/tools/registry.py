@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from conf.errors import UserError, nearest
+from conf.schema import ToolsConfig
 from rl.tools.calculator import Calculator
 from rl.tools.python import PythonTool
 from rl.tools.runner import described, validator
@@ -20,9 +21,13 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what chat APIs take as a function's
 INTERRUPT_S = 3.0  # that python's own deadline comes before the runner's, which costs the interpreter
 
 
+def python_limits(config: ToolsConfig) -> tuple[float, int]:
+    """Seconds of a call and calls of a trajectory."""
+    return config.timeout_s - min(INTERRUPT_S, 0.25 * config.timeout_s), config.max_calls
+
+
 def _python(shared: Shared) -> Tool:
-    seconds = shared.config.timeout_s
-    return PythonTool(shared.pool(), seconds - min(INTERRUPT_S, 0.25 * seconds), shared.config.max_calls)
+    return PythonTool(shared.pool(), *python_limits(shared.config))
 
 
 BUILT_IN: dict[str, Callable[[Shared], Tool]] = {

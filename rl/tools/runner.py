@@ -28,6 +28,7 @@ from rl.tools.tool import Tool, ToolError
 
 GRACE_S = 2.0  # for a tool that was told to stop, and for its close() beyond that
 MAX_NAME = 100  # characters of a tool's name in a record
+MAX_ANSWER = 200_000  # characters that a tool hands in as the answer
 MAX_REASON = 1000  # characters of an exception's text
 SIMPLE_SCHEMA = {"type", "properties", "required", "title", "description", "$schema"}
 Result = TypeVar("Result")
@@ -112,7 +113,7 @@ class ToolBox:
         if error:
             result = f"Error: {result}"
         # Cut before it is cleaned: a cut may part a pair of surrogates.
-        text = clean(cut(result, self.limits.max_result_chars))
+        text = clean(cut(result, MAX_ANSWER if ended else self.limits.max_result_chars))
         return CallRecord(clean(call.name[:MAX_NAME]), arguments, text, error, time.monotonic() - began, ended)
 
     def _check_budget(self, number: int, seconds_left: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,3 +125,15 @@ def test_redaction_goes_by_the_variables_name_and_a_sensible_length() -> None:
 def test_leaves_are_dotted_and_complete() -> None:
     leaves = leaf_types()
     assert leaves["stage"] is str and leaves["model.rope.theta"] is float and "model.rope" not in leaves
+
+
+def test_a_run_of_before_is_read(tmp_path: Path) -> None:
+    """`rl.tools` was a switch, always off; the run behind `init_from` and a run that goes on are read by this."""
+    config = RunConfig("grpo", "runs/x")
+    save_yaml(config, tmp_path / "config.yaml")
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    values["rl"]["tools"] = False
+    for name in ("use_tools", "env"):
+        del values["rl"][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_yaml(tmp_path / "config.yaml") == config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -221,14 +223,14 @@ def test_kept_through_a_checkpoint(monkeypatch):
 def test_a_bad_call_costs_a_message_and_no_more(monkeypatch, broken, word):
     played = Played(monkeypatch, script(broken, says("again", "", "yes"), says("", "done")))
     sample = played.one()
-    results = [m["content"] for m in sample_results(played, sample)]
+    results = [m["content"] for m in sample_results(sample)]
     assert word in results[0] and results[0].startswith("Error: ") and results[1] == "yes"
     assert sample.verdict == 1.0 and sample.finish_reason == "stop"
     assert sample.num_malformed == ("malformed" in results[0])
     assert sum(call.error for call in sample.calls) == (not sample.num_malformed)
 
 
-def sample_results(played: Played, sample: Sample) -> list[dict[str, str]]:
+def sample_results(sample: Sample) -> list[dict[str, str]]:
     """The results that stand in the last row."""
     text = text_of_row(sample.tokens).partition("<｜Assistant｜>")[2]
     return [{"content": part.partition("</result>")[0]} for part in text.split("<result>")[1:]]
@@ -261,6 +263,7 @@ def test_a_users_message_begins_a_row(monkeypatch):
     assert "<result>yes</result>" in prompt and "first" in prompt and "and 0?" in prompt
     assert "one" not in prompt.partition("<｜User｜>")[2] and "two" not in prompt.partition("<｜User｜>")[2]
     assert sample.num_sampled == before.num_sampled + after.num_sampled
+    assert set(before.turns) == {0, 1} and set(after.turns) == {2}, "messages are counted through all rows"
     seeds = [asked.seed for asked in played.engine.asked]
     assert seeds[0] == seeds[1] == 3 and seeds[2] != 3, "a new row has luck of its own"
 
@@ -284,9 +287,18 @@ def test_context_rules_inside_a_user_turn(monkeypatch, rule, rows):
 
 
 def test_keep_all_keeps_over_a_users_message(monkeypatch):
+    """Nothing is taken away, so one row goes on, token by token."""
     said = [says("one", "first"), says("two", "second")]
-    sample = Played(monkeypatch, script(*said), more=1, reasoning="keep").one()
-    assert "one" in text_of_row(sample.tokens).partition("<｜User｜>")[2]
+    played = Played(monkeypatch, script(*said), more=1, reasoning="keep")
+    sample = played.one()
+    assert sample.earlier == () and sampled_text(sample.tokens) == [text + EOS for text in said]
+    messages = played.offer.messages(sample.request)
+    messages += [
+        {"role": "assistant", "reasoning_content": "one", "content": "first"},
+        {"role": "user", "content": "and 0?"},
+        {"role": "assistant", "reasoning_content": "two", "content": "second"},
+    ]
+    assert sample.tokens.ids == encode_messages(messages, TOKENIZER, context=CONTEXT_RULES["keep"])[0]
 
 
 def test_budgets(monkeypatch):
@@ -355,6 +367,93 @@ def test_summary(monkeypatch):
     assert "found it" in head and "1" * 50 not in head and "problem 0" in head
     assert [t for row in sample.rows for t in sampled_text(row)] == [text + EOS for text in said]
     assert sample.verdict == 1.0 and len(first) <= prompt + 2000
+
+
+def test_whoever_sums_up_sees_its_thoughts(monkeypatch):
+    prompt = len(Played(monkeypatch, script(says("", "x"))).one().request.prompt_ids)
+    share = (prompt + 500) / (prompt + 2000)
+    said = [says("thought A", "", "1" * 50), says("b", "", "2" * 50), says("s", "found it"), says("", "x")]
+    sample = Played(monkeypatch, script(*said), window=prompt + 2000, context="summary", context_share=share).one()
+    assert "thought A" in text_of_row(sample.rows[1])
+
+
+@pytest.mark.parametrize("nothing", [says("hm"), "no end", says("t", "", "a call")])
+def test_a_summary_that_says_nothing_does_not_lose_the_calls(monkeypatch, nothing):
+    prompt = len(Played(monkeypatch, script(says("", "x"))).one().request.prompt_ids)
+    share = (prompt + 500) / (prompt + 2000)
+    said = [says("a", "", "1" * 50), says("b", "", "2" * 50), nothing, says("c", "", "yes"), says("", "x")]
+    sample = Played(monkeypatch, script(*said), window=prompt + 2000, context="summary", context_share=share).one()
+    assert len(sample.said) >= 3 and "found out so far" not in text_of_row(sample.tokens)
+    assert sample.finish_reason in ("stop", "context")
+
+
+def test_a_call_inside_the_thought_is_told_so(monkeypatch):
+    inside = "t" + says("", "", "yes").removeprefix("</think>") + "</think>answer"
+    sample = Played(monkeypatch, script(inside, says("", "done"))).one()
+    assert sample.num_malformed == 1 and sample.calls == () and not sample.resumed and len(sample.said) == 2
+    assert "inside the thought" in sample_results(sample)[0]["content"]
+
+
+class Stubborn(Echo):
+    """A tool that cannot be stopped, in both ways there are."""
+
+    async def call(self, text: str) -> str:  # type: ignore[override]
+        if text == "thread":
+            await asyncio.to_thread(time.sleep, 3600)
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                continue
+
+
+@pytest.mark.parametrize("how", ["thread", "swallow"])
+def test_a_tool_that_cannot_be_stopped_holds_up_nobody(monkeypatch, how):
+    """Not the sample behind its time, not the next rollout, not the end of the run."""
+    began = time.monotonic()
+    for _ in range(2):
+        played = Played(monkeypatch, script(says("t", "", how), says("so", "done")), timeout_s=0.2)
+        monkeypatch.setattr(played.world, "tools", lambda problem: [Stubborn()])
+        with played.offer:
+            asked = replace(request(), prompt_ids=(1, 2, 3))
+            (sample,) = played.loop.generate([asked])
+        assert sample.calls[0].error and sample.finish_reason == "stop"
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("answer", [5, "\ud800", RuntimeError("step fault")])
+def test_what_a_step_says_is_text_or_a_failed_grade(monkeypatch, answer):
+    played = Played(monkeypatch, script(says("", "one"), says("", "two")))
+    heard = []
+
+    async def step(problem: Any, said: str, tools: Any, turn: int) -> Any:
+        heard.append(said)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if turn == 0 else None
+
+    monkeypatch.setattr(played.world, "step", step)
+    sample = played.one()
+    if isinstance(answer, str):
+        assert heard == ["one", "two"] and "\ufffd" in text_of_row(sample.tokens) and not sample.verdict_error
+    else:
+        assert sample.verdict is None and sample.verdict_error.startswith("step: ")
+
+
+def test_an_environment_whose_tools_cannot_be_made_costs_its_sample(monkeypatch):
+    played = Played(monkeypatch, script(says("", "done")))
+    make = played.world.tools
+
+    def sometimes(problem: EnvProblem) -> list[Tool]:
+        if problem.prompt == "problem 1":
+            raise RuntimeError("no tools today")
+        return make(problem)
+
+    asked = [replace(request(index=index), prompt_ids=(1, 2, 3)) for index in range(3)]
+    monkeypatch.setattr(played.world, "tools", sometimes)
+    samples = played.loop.generate(asked)
+    assert ["no tools today" in sample.verdict_error for sample in samples] == [False, True, False]
+    assert samples[1].num_sampled == 0 and [s.request for s in samples] == asked
 
 
 @pytest.mark.parametrize("where", ["step", "verify"])

@@ -207,6 +207,12 @@ def test_the_budget_of_seconds() -> None:
     assert third.result.startswith("Error: the budget of 0.2 s for calls is used up")
 
 
+def test_an_answer_that_is_handed_in_is_not_cut() -> None:
+    """It is what the verifier reads; results are cut for the model's sake."""
+    (record,) = play([Submit()], ToolCall("submit", {"answer": "a" * 9000}), limits=CallLimits(max_result_chars=100))
+    assert record.ended and record.result == "a" * 9000
+
+
 def test_a_tool_that_ends_the_trajectory() -> None:
     good, bad = play([Submit()], ToolCall("submit", {"answer": "42"}), ToolCall("submit", {}))
     assert (good.result, good.ended, good.error) == ("42", True, False)
