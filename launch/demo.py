@@ -209,6 +209,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     for name, row in rows.items():
         cells = [f"{row[k]:.3f}" for k in keys]
         lines.append([name, *cells, f"{row['perf/tokens_per_s']:.0f}", f"{row['perf/peak_memory_bytes'] / 2**20:.0f}"])
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Cells in columns, the first to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

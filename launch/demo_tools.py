@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.demo import run  # noqa: E402  (needs the path above when run from a bare checkout)
+from launch.demo import aligned, run  # noqa: E402  (needs the path above when run from a bare checkout)
 from launch.report import write_report  # noqa: E402
 from launch.samples import write_viewer  # noqa: E402
 
@@ -150,11 +150,7 @@ def table(rows: dict[str, dict[str, float]], plan: Plan) -> str:
     lines = [["", *(key.removeprefix("tool/") for key in keys)]]
     for name, row in rows.items():
         lines.append([name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def main() -> None:
