@@ -214,7 +214,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def aligned(lines: list[list[str]]) -> str:
     """Cells in columns, the first to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
