@@ -15,7 +15,7 @@ from model.ops.fp8_linear import fp8_grouped_linear, fp8_linear, has_block_scale
 if TYPE_CHECKING:
     from bench.gpu import Runner
 
-# One rounding of the result to bf16 (2^-9), and the tensor cores' sums of 14 bits within a block of 128 (V3, 3.3.2)
+# The tensor cores' sums of 14 bits within a block of 128 (V3, 3.3.2) may round to the neighbour in bf16: 2^-7 at most
 MAX_ERROR = 2**-7
 
 

@@ -15,9 +15,15 @@ E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4  # of a block, as DeepSeek's own quantiser has it: a block of zeros has a finite scale
 
 
+def over_largest(amax: Tensor) -> Tensor:
+    """amax / 448, rounded once on every device: on a GPU torch multiplies by the reciprocal of a divisor that is no
+    tensor, and a scale that is off in its last bit moves the ties of bf16 numbers, which are many."""
+    return amax / torch.full((), E4M3_MAX, dtype=amax.dtype, device=amax.device)
+
+
 def power_of_two_scale(amax: Tensor) -> Tensor:
     """The smallest power of two that brings `amax` (fp32, positive) into e4m3's range: "ue8m0" scales, exactly."""
-    mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # mantissa in [0.5, 1): a power of two already iff it is 0.5
+    mantissa, exponent = torch.frexp(over_largest(amax))  # mantissa in [0.5, 1): a power of two already iff it is 0.5
     return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
 
 

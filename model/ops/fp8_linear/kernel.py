@@ -6,6 +6,10 @@ experts lie one expert after the other; a table says of every tile whose tokens 
 
 The largest magnitude is found on the bits without the sign: as whole numbers they are in the order of the numbers, with
 inf and then NaN above all.
+
+No kernel may know while it is compiled that part of a tile is padding, as Triton would tell it of a size of 1: where
+two pairs of numbers are the same constant, ptxas 12.8 (Triton 3.6 and 3.7) packs the second pair beside whatever its
+register held instead of beside the first. So row counts are not specialised, and one column becomes two.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,7 +69,7 @@ def to_e4m3(x, scale, POWER_OF_TWO: tl.constexpr):
     return tl.div_rn(x, scale).to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _activations(x, table, rows8, rows_scale, columns8, columns_scale, num_rows, num_columns, stride,
                  BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, POWER_OF_TWO: tl.constexpr):  # fmt: skip
     """`table`: int32 [tiles, 5], see `_table`; None: one group of `num_rows`."""
@@ -102,7 +107,7 @@ def _activations(x, table, rows8, rows_scale, columns8, columns_scale, num_rows,
         tl.store(columns_scale + c, scale, mask=c < real - first_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _weights(weight, values, scales, num_rows, num_columns, matrix_stride, row_stride,
              TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr):  # fmt: skip
     """One block of one matrix; `values` and `scales` are written in the orientation asked for."""
@@ -141,6 +146,12 @@ def _starts(counts: list[int], multiple: int) -> list[int]:
     return starts
 
 
+def _readable(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous and at least 2 long, zeros behind."""
+    x = F.pad(x, (0, 1)) if x.shape[-1] == 1 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _table(counts: list[int], device: torch.device) -> Tensor:
     """Of every tile of 128 tokens: its group's first row and their number, the tile's first among them, and where the
     group starts among rows padded to 16 and to 128. int32 [tiles, 5]."""
@@ -161,7 +172,6 @@ def activations(
     Returns, for every group of n rows, operands [n up to 16s, C up to 128s] if `by_rows`, and of the group's transpose
     [C up to 16s, n up to 128s] if `by_columns`; otherwise empty lists.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
     columns, device = x.shape[1], x.device
     blocks = triton.cdiv(columns, BLOCK)
     rows, tokens = _starts(counts, ROWS), _starts(counts, BLOCK)
@@ -172,8 +182,9 @@ def activations(
     column_scales = torch.empty(tokens[-1] // BLOCK * wide if by_columns else 0, device=device)
     if tokens[-1] and blocks:
         table = None if len(counts) == 1 else _table(counts, device)
+        x = _readable(x)
         _activations[(blocks, tokens[-1] // BLOCK)](
-            x, table, row_values, row_scales, column_values, column_scales, x.shape[0], columns, x.stride(0),
+            x, table, row_values, row_scales, column_values, column_scales, *x.shape, x.stride(0),
             by_rows, by_columns, power_of_two, num_warps=8, maxnreg=128,
         )  # fmt: skip
     along_columns, along_tokens = [], []
@@ -192,7 +203,7 @@ def activations(
 
 def weights(weight: Tensor, power_of_two: bool, transposed: bool = False) -> list[Operand]:
     """Blocks of 128 x 128 of weight [E, N, K] -> E operands [N, K], or [K, N] if `transposed`, both up to 128s."""
-    weight = weight if weight.stride(2) == 1 else weight.contiguous()
+    weight = _readable(weight)
     (matrices, num_rows, num_columns), device = weight.shape, weight.device
     down, across = triton.cdiv(num_rows, BLOCK), triton.cdiv(num_columns, BLOCK)
     rows, columns = (across, down) if transposed else (down, across)

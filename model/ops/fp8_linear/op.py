@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.fp8 import BLOCK, E4M3_MAX, power_of_two_scale
+from model.fp8 import BLOCK, E4M3_MAX, over_largest, power_of_two_scale
 from model.ops.common import no_autocast
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def quantise(x: Tensor, rows: int, power_of_two: bool = False) -> tuple[Tensor, 
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // BLOCK, BLOCK)
     amax = blocks.abs().amax((1, 3))
     least = amax.clamp(min=AMAX_LEAST)
-    scale = power_of_two_scale(least) if power_of_two else least / E4M3_MAX
+    scale = power_of_two_scale(least) if power_of_two else over_largest(least)
     scale = scale.where(amax.isfinite(), amax).masked_fill(amax == 0, 1.0)
     # with this scale the clamp never bites; without it a slip above 464 would be NaN or 448, as torch's version has it
     values = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

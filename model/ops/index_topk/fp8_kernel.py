@@ -28,7 +28,7 @@ def _transform(x, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     return tl.reshape(tl.where(second, difference, total), (ROWS, DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # fp8_linear/kernel.py says why
 def _rotate_and_quantise(x, values, scales, num_rows, FACTOR: tl.constexpr, DIM: tl.constexpr, STEPS: tl.constexpr,
                          ROWS: tl.constexpr):  # fmt: skip
     row, channel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)

@@ -52,7 +52,28 @@ def report(kernel, ptx_file: Path) -> dict:
     assert registers and spilled and kernel.asm["cubin"], said
     shape = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "shared": kernel.metadata.shared}
     usage = {"registers": int(registers[1]), "spilled": int(spilled[1]), "serialized": "serialized" in said}
+    if found["e4m3"]:
+        found["merged_with"] = packed(kernel.asm["cubin"], ptxas.with_name("nvdisasm"))
     return {"name": kernel.metadata.name, **shape, **usage, **found}
+
+
+def packed(cubin: bytes, nvdisasm: Path) -> dict[str, int]:
+    """A register takes two pairs of e4m3, the second conversion merged with what is there: by which instructions that
+    was written last (in the order of the listing), and how often."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([str(nvdisasm), file.name], capture_output=True, text=True, check=True).stdout
+    written: dict[str, str] = {}
+    found: dict[str, int] = {}
+    for operation, target, rest in re.findall(r"\*/\s+(?:@!?U?P\d )?\s*([A-Z][\w.]*) (R\d+)[\w.]*, (.*?) ;", listing):
+        if operation.startswith("F2FP.SATFINITE.E4M3"):
+            merged = rest.split(", ")[2].removesuffix(".reuse")
+            if merged != "RZ":
+                found[written[merged]] = found.get(written[merged], 0) + 1
+        written[target] = operation.split(".")[0]
+    assert written, listing[:2000]
+    return found
 
 
 def main(module: str, directory: str) -> None:

@@ -12,8 +12,8 @@ from tests.model.ops.interpreter import DEVICE, poison_allocations
 from model.ops.fp8_linear.kernel import activations, weights  # isort: skip  (after the helper)
 from model.ops.index_topk.fp8_kernel import rotate_and_quantise  # isort: skip
 
-# ragged, whole tiles, less than one, a single row, a single number
-SHAPES = [(259, 301), (128, 256), (7, 20), (1, 129), (1, 1)]
+# ragged, whole tiles, less than one, a single row, column and number
+SHAPES = [(259, 301), (128, 256), (7, 20), (1, 129), (129, 1), (1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # numpy, of inf and NaN
 
@@ -52,9 +52,10 @@ def padded(x: Tensor, rows: int) -> Tensor:
 
 def assert_tiles(found, x: Tensor, power_of_two: bool) -> None:
     """Tiles of 1 x 128 of x [R, C], R padded to 16."""
-    values, scale = op.quantise(padded(x, 16).cpu(), 1, power_of_two)
-    assert_same(found.values, values, "values")
-    assert_same(found.scale, scale, "scale")
+    for device in {"cpu", DEVICE}:  # torch's quantisation is the same on both
+        values, scale = op.quantise(padded(x, 16).to(device), 1, power_of_two)
+        assert_same(found.values, values, "values")
+        assert_same(found.scale, scale, "scale")
     assert found.values.is_contiguous() and (scale.shape[1] == 1 or found.scale.stride() == (1, len(scale)))
 
 
@@ -94,10 +95,11 @@ def test_weights(shape, dtype, power_of_two):
     for transposed in (False, True):
         for found, one in zip(weights(weight, power_of_two, transposed), weight, strict=True):
             one = one.T if transposed else one
-            values, scale = op.quantise(one.cpu(), 128, power_of_two)
-            assert_same(found.values, values, "values")
-            blocks = scale.shape[1]
-            assert_same(found.scale[:blocks].T, scale, "scale")
+            for device in {"cpu", DEVICE}:
+                values, scale = op.quantise(one.to(device), 128, power_of_two)
+                assert_same(found.values, values, "values")
+                blocks = scale.shape[1]
+                assert_same(found.scale[:blocks].T, scale, "scale")
             assert (found.scale[blocks:] == 0).all() and len(found.scale) % 4 == 0
             assert scale.shape[0] == 1 or found.scale.stride() == (1, len(found.scale))
 
