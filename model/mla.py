@@ -156,6 +156,8 @@ class MLA(nn.Module):
         latent, k_rope = self._rows(p, context)
         k_nope, v = self.kv_b_proj(latent, "expand").split([self.nope, self.v], -1)
         q = torch.cat([p.q_nope, p.q_rope], -1)
+        # rounded already, but widened beside the latents, which the norm leaves in fp32
+        k_rope = k_rope.to(k_nope.dtype)
         k = torch.cat([k_nope, k_rope.unsqueeze(-2).expand(-1, self.heads, -1)], -1)
         rows = (context.doc_start, context.q_pos)
 

@@ -35,10 +35,13 @@ def attend_and_learn(
     settings: OpSettings,
     block: int | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
-    """As streaming.attend_and_learn; q, k and v of one dtype, q_index and k_index of one dtype."""
+    """As streaming.attend_and_learn; products run in the dtypes of q and q_index, whatever keys and values came in."""
     first, last = doc_start.int(), positions(doc_start, q_pos).int()
+    k, k_index = k.to(q.dtype), k_index.to(q_index.dtype)
     q, k, q_index, k_index, w = (t.contiguous() for t in (q, k, q_index, k_index, w))
-    values = k.new_empty(*k.shape[:2], 0) if v is None else v.contiguous()  # without values: the log-sum-exp alone
+    values = (
+        k.new_empty(*k.shape[:2], 0) if v is None else v.to(q.dtype).contiguous()
+    )  # without values: the log-sum-exp alone
     out, lse = attention.forward(q, k, values, scale, first, last)
     sums = new_sums(topk, lse)
     gradients = None

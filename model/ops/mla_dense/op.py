@@ -38,6 +38,7 @@ def mla_dense_lse(
         from model.ops.mla_dense import kernel
 
         first, last = doc_start.int(), positions(doc_start, q_pos).int()
+        k, v = k.to(q.dtype), v.to(q.dtype)
         return kernel.forward(q.contiguous(), k.contiguous(), v.contiguous(), scale, first, last)
 
 

@@ -86,6 +86,22 @@ def test_mla_dense_lse(rectangle, dtype):
     compare(run, 1 << 20, dtype)
 
 
+def test_dense_products_run_in_the_queries_dtype():
+    """Under autocast a product is bf16 and a norm fp32, and what is put together of both is fp32."""
+    shapes = (ROWS, 3, 12), (ROWS, 3, 12), (ROWS, 3, 7), (ROWS, 4, 16), (ROWS, 16), (ROWS, 4)
+    q, k, v, q_index, k_index, w = (t.detach() for t in inputs(11, *shapes, dtype=torch.bfloat16))
+    settings, found = OpSettings("triton"), []
+    for dtype in (torch.bfloat16, torch.float32):
+        keys = k.to(dtype), v.to(dtype)
+        out, lse = mla_dense_lse(q, *keys, DOC_START, 0.4, torch.arange(ROWS).to(DEVICE), settings)
+        again, kl = index_kl_dense(
+            q, *keys, 0.4, q_index, k_index.to(dtype), w.float(), DOC_START, settings=settings
+        )  # fmt: skip
+        assert again is not None
+        found.append((out, lse, again, kl.kl_sum))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("rectangle", RECTANGLES)
