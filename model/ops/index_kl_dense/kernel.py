@@ -43,7 +43,7 @@ def backward_config(heads: int, itemsize: int) -> tuple[Config, Config]:
     """Of the kernel that sums over keys (d_q, d_w) and of the one that sums over rows (d_k)."""
     if itemsize > 2:
         return Config(_rows_for(32, heads), 32, 4, 2), Config(_rows_for(32, heads), 32, 4, 2)
-    return Config(_rows_for(128, heads), 128, 8, 2), Config(_rows_for(128, heads), 128, 8, 2)
+    return Config(_rows_for(64, heads), 128, 4, 3), Config(_rows_for(128, heads), 64, 4, 3)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ class Config:
 
 
 def _scores_config(q_index: Tensor) -> Config:
-    return Config(64, 4, 3) if q_index.element_size() == 2 else Config(16, 4, 1)
+    return Config(64, 4, 2) if q_index.element_size() == 2 else Config(16, 4, 1)
 
 
 def _backward_config(q_index: Tensor) -> Config:

@@ -29,10 +29,13 @@ class Config(NamedTuple):
 
 
 def default_config(heads: int, dim: int, itemsize: int, topk: int) -> Config:
-    """Hopper: 256 columns a product (more reuse of a key tile than two queries give), two programs a multiprocessor."""
-    columns = 256 if itemsize <= 2 and dim <= 128 else 64
+    """Hopper: 256 columns a product (more reuse of a key tile than two queries give), two programs a multiprocessor; in
+    FP8 keys cost half as much to read, and half the columns with twice the keys are 8% faster."""
+    columns, keys = (128, 128) if itemsize == 1 else (256, 64)
+    if itemsize > 2 or dim > 128:
+        columns, keys = 64, 64
     block_q = max(1, min(16, columns // triton.next_power_of_2(heads)))
-    return Config(block_q, 64, scratch_bytes(topk) // 8, 4, 3)
+    return Config(block_q, keys, scratch_bytes(topk) // 8, 4, 3)
 
 
 def scratch_bytes(topk: int) -> int:
