@@ -12,7 +12,6 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from bench import gpu_variants_kernel as variants
 from model.ops.fp8_linear import kernel as fp8_operands
 from model.ops.index_kl_dense import kernel as kl_dense
 from model.ops.index_kl_selected import kernel as kl_selected
@@ -20,6 +19,7 @@ from model.ops.index_topk import fp8_kernel
 from model.ops.index_topk import kernel as topk
 from model.ops.mla_dense import kernel as dense
 from model.ops.sparse_mla import kernel as sparse
+from model.ops.sparse_mla import written_kernel as written
 
 LENGTH = 8192
 Results = tuple[Tensor, ...]
@@ -127,13 +127,6 @@ class World:
         return self.randn(self.sizes.length, self.sizes.heads, self.sizes.latent)
 
     @cached_property
-    def p_and_ds(self) -> tuple[Tensor, Tensor]:
-        if self.device == "meta":
-            shape = self.sizes.length, self.sizes.heads, self.sizes.topk
-            return self.randn(*shape), self.randn(*shape)
-        return backward_scores(self, sparse._backward_config(self.q).scores)
-
-    @cached_property
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         s = self.sizes
         q, k, v = (self.randn(s.length, s.heads, width) for width in (s.query, s.query, s.value))
@@ -166,36 +159,6 @@ class World:
         return torch.zeros(shape, device=self.device)
 
 
-# The two kernels of the sparse backward pass by themselves (their wrapper runs both)
-
-
-def backward_scores(w: World, c: sparse.Config) -> tuple[Tensor, Tensor]:
-    s, k = w.sizes, w.sizes.topk
-    out, lse = w.attended
-    p = torch.empty(s.length, s.heads, k, dtype=w.q.dtype, device=w.device)
-    ds = torch.empty_like(p)
-    unit = max(c.keys, 64)
-    sparse._backward_scores[(s.length * -(-s.heads // c.heads),)](
-        w.q, w.kv, w.idx, out, lse, w.d_out, p, ds, w.scale, s.heads, s.latent, s.rope, k, k, unit, c.heads, c.keys,
-        sparse._power(s.latent), sparse._power(s.rope), variants.power(k),
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    return p, ds
-
-
-def backward_gradients(w: World, value: sparse.Config, columns: int, rope: sparse.Config | None) -> Results:
-    s, k = w.sizes, w.sizes.topk
-    p, ds = w.p_and_ds
-    d_q, d_kv = torch.empty_like(w.q), w.zeros(s.length, s.width)
-    for width, c, is_value in ((s.latent, value, True), (s.rope, rope or value, False)):
-        block = sparse._power(width, columns)
-        sparse._backward_gradients[(s.length * -(-width // block),)](
-            w.q, w.kv, w.idx, w.d_out, p, ds, d_q, d_kv, 0, s.heads, s.latent, s.rope, k, k, 64, c.heads, c.keys, block,
-            is_value, True, variants.power(k), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    return d_q, d_kv
-
-
 # Cases: of every part the default first, then what is most likely to gain
 
 
@@ -218,91 +181,49 @@ def sparse_forward(w: World) -> Iterator[Case]:
     def target(*config: int) -> Results:
         return (sparse.target(w.q, w.kv, w.idx, w.attended[1], w.scale, sparse.Config(*config)),)
 
-    def both() -> Results:
+    def split(registers: int, keys: int, stages: int, columns: int) -> Results:
+        config = written.Config(registers=registers, keys=keys, num_stages=stages, columns=columns)
+        return written.forward(w.q, w.kv, w.idx, w.scale, s.latent, config)
+
+    def apart() -> Results:
         out, lse = sparse.forward(w.q, w.kv, w.idx, w.scale, s.latent)
         return out, lse, sparse.target(w.q, w.kv, w.idx, lse, w.scale)
 
-    def scores(*config: int) -> tuple[Tensor, Tensor, Tensor]:
-        registers, keys, warps, stages = config
-        return variants.scores(w.q, w.kv, w.idx, w.scale, s.latent, keys, registers, warps, stages)
-
-    def split(registers: int, keys: int, stages: int, block: int, target: int = 1) -> Results:
-        p, top, lse = scores(registers, keys, 8, stages)
-        out, mean = variants.values(w.kv, w.idx, p, top, lse, s.latent, bool(target), block, 8, stages)
-        return (out, lse, mean) if target else (out, lse)
-
-    name, written = "heads {} keys {} warps {} stages {}", "written P: registers {} keys {} stages {} columns {}"
-    yield Case(of + "forward with target", "default", both, whole + products)
-    yield from spread(of + "forward with target", written, split,
-                      [(3, 64, 3, 256), (3, 64, 2, 256), (3, 32, 4, 256), (3, 64, 3, 128)],
-                      whole + products)  # fmt: skip
-    yield from spread(of + "forward", name, forward, [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 5)],
+    name, widest = "heads {} keys {} warps {} stages {}", min(256, s.latent)
+    yield from spread(of + "forward with target", "registers {} keys {} stages {} columns {}", split,
+                      [(3, 64, 3, widest), (3, 64, 2, widest), (3, 32, 4, widest)], whole + products)  # fmt: skip
+    yield Case(of + "forward with target", "no P written, scores made twice", apart, whole + products)
+    yield from spread(of + "forward", name, forward, [(64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 8, 3)],
                       whole)  # fmt: skip
-    yield from spread(of + "forward", written + ", target {}", split, [(3, 64, 3, 256, 0)], whole)
-    yield from spread(of + "scores alone", "registers {} keys {} warps {} stages {}", lambda *c: scores(*c)[2:],
-                      [(3, 64, 8, 3), (3, 64, 8, 2), (2, 32, 8, 4), (3, 32, 8, 4), (0, 32, 8, 3)],
-                      products)  # fmt: skip
-    yield from spread(of + "target", name, target, [(128, 32, 8, 3), (128, 32, 8, 2), (128, 16, 8, 4), (128, 32, 4, 3)],
-                      products)  # fmt: skip
+    yield from spread(of + "target", name, target, [(128, 32, 4, 3), (128, 32, 8, 3)], products)  # fmt: skip
 
 
 def sparse_backward(w: World) -> Iterator[Case]:
-    s, of = w.sizes, "sparse_mla backward "
-    per_column, widest = 2 * s.heads * s.selected, min(256, s.latent)
+    s, of = w.sizes, "sparse_mla backward"
+    flops, widest = 2 * s.heads * s.selected * (3 * s.width + 2 * s.latent), min(256, s.latent)
 
-    def full(*results: Tensor) -> Results:
-        """Of the rows with all of k: behind a shorter row's entries nothing is written."""
-        return tuple(t[s.topk :] for t in results)
+    def run(backward: Callable[..., Tensor], **options: written.Config) -> Results:
+        (out, lse), d_kv = w.attended, w.zeros(s.length, s.width)
+        return backward(w.q, w.kv, w.idx, out, lse, w.d_out, w.scale, d_kv, **options), d_kv
 
-    def together(*config: int) -> Results:
-        return full(*backward_scores(w, sparse.Config(*config)))
+    def split(registers: int, keys: int, stages: int, query: int, key: int, key_registers: int) -> Results:
+        config = written.Config(keys, registers, widest, query, key, key_registers, num_stages=stages)
+        return run(written.backward, config=config)
 
-    def parted(keys: int, registers: int, stages: int) -> Results:
-        p = variants.probabilities(w.q, w.kv, w.idx, w.attended[1], w.scale, s.latent, keys, registers, 8, stages)
-        out = w.attended[0]
-        return full(p, variants.score_gradients(w.d_out, w.kv, w.idx, p, out, w.scale, keys, registers, 8, stages))
-
-    def fused(keys: int, warps: int, stages: int, columns: int, rope_warps: int) -> Results:
-        rope = sparse.Config(128, 64, rope_warps, 3)
-        return backward_gradients(w, sparse.Config(128, keys, warps, stages), columns, rope)
-
-    def of_queries(keys: int, block: int, stages: int) -> Results:
-        return (variants.query_gradients(w.kv, w.idx, w.p_and_ds[1], s.latent, keys, block, 8, stages),)
-
-    def of_keys(block: int, registers: int, keys: int, stages: int, warps: int, add: int = 1) -> Results:
-        (p, ds), d_kv = w.p_and_ds, w.zeros(s.length, s.width)
-        variants.key_gradients(w.q, w.idx, w.d_out, p, ds, d_kv, keys, block, registers, warps, stages, bool(add))
-        return (d_kv,) if add else ()
-
-    def apart(*config: int) -> Results:
-        return *of_queries(64, widest, 3), *of_keys(*config)
-
-    yield from spread(of + "scores", "heads {} keys {} warps {} stages {}", together,
-                      [(64, 32, 4, 3), (64, 32, 8, 3), (64, 32, 4, 2), (64, 16, 4, 4)],
-                      per_column * (s.width + s.latent))  # fmt: skip
-    yield from spread(of + "scores", "P, then dS: keys {} registers {} stages {}", parted,
-                      [(64, 3, 3), (64, 3, 2), (32, 3, 4)], per_column * (s.width + s.latent))  # fmt: skip
-    name = "columns {} registers {} keys {} stages {} warps {}"
-    yield from spread(of + "gradients", "keys {} warps {} stages {} columns {}, rope by {} warps", fused,
-                      [(64, 8, 3, 128, 8), (64, 8, 3, 128, 4)], per_column * (2 * s.width + s.latent))  # fmt: skip
-    yield from spread(of + "gradients", "dq and dkv apart: " + name, apart,
-                      [(256, 1, 64, 3, 8), (128, 2, 64, 3, 8), (128, 0, 32, 3, 4), (256, 1, 32, 4, 8),
-                       (128, 1, 64, 3, 8)], per_column * (2 * s.width + s.latent))  # fmt: skip
-    yield from spread(of + "gradients", "keys {} warps {} stages {} columns {}, rope by {} warps", fused,
-                      [(64, 8, 2, 128, 4), (32, 8, 3, 256, 4), (32, 8, 4, 128, 4), (64, 4, 3, 64, 4)],
-                      per_column * (2 * s.width + s.latent))  # fmt: skip
-    yield from spread(of + "dq alone", "keys {} columns {} stages {}", of_queries,
-                      [(64, widest, 3), (64, widest, 4), (64, 128, 3)], per_column * s.width)  # fmt: skip
-    yield from spread(of + "dkv alone", name + ", added {}", of_keys,
-                      [(256, 1, 64, 3, 8, 1), (256, 1, 64, 3, 8, 0)], per_column * (s.width + s.latent))  # fmt: skip
+    name = "registers {} keys {} stages {}, dq columns {}, dkv columns {} registers {}"
+    narrow = min(128, s.latent)
+    yield from spread(of, name, split,
+                      [(3, 64, 3, narrow, widest, 1), (3, 64, 2, narrow, widest, 1), (3, 32, 4, narrow, widest, 1),
+                       (3, 64, 3, narrow, narrow, 2)], flops)  # fmt: skip
+    yield Case(of, "P and dS, then dq and dkv, in one kernel each", partial(run, sparse.backward), flops)
 
 
 def index_topk(w: World) -> Iterator[Case]:
     s, name = w.sizes, "block_q {} block_k {} capacity {} warps {} stages {}"
     flops = 2 * s.index_heads * s.index_dim * s.visible
     configs = [
-        (4, 64, 4096, 4, 3), (4, 128, 4096, 8, 3), (2, 128, 4096, 4, 3), (4, 64, 8192, 4, 3), (2, 64, 4096, 4, 3),
-        (4, 64, 4096, 4, 2), (4, 64, 4096, 4, 4), (2, 128, 8192, 4, 3), (8, 64, 4096, 8, 3), (4, 128, 8192, 8, 3),
+        (4, 64, 4096, 4, 3), (2, 64, 4096, 4, 3), (4, 64, 4096, 4, 2), (4, 64, 4096, 4, 4), (2, 128, 4096, 4, 3),
+        (4, 128, 4096, 8, 3),
     ]  # fmt: skip
 
     def plain(*config: int) -> Results:
@@ -313,14 +234,14 @@ def index_topk(w: World) -> Iterator[Case]:
         return (topk.topk(q, k, weights, w.first, w.last, s.topk, k_scale, topk.Config(*config)),)
 
     yield from spread("index_topk", name, plain, configs, flops)
-    yield from spread("index_topk fp8", name, narrow, configs, flops)
+    yield from spread("index_topk fp8", name, narrow, [(2, 128, 4096, 4, 3), *configs[:4], configs[5]], flops)
     yield Case("index_topk fp8, queries prepared", "default", lambda: fp8_kernel.rotate_and_quantise(w.index[0]))
 
 
 def warm_up(w: World) -> Iterator[Case]:
     s, of, name = w.sizes, "index_kl_dense ", "rows {} keys {} warps {} stages {}"
     pair = 2 * s.index_heads * s.index_dim * s.visible
-    default = 2, 128, 8, 2
+    of_rows, of_keys = (1, 128, 4, 3), (2, 64, 4, 3)
 
     def attention(*config: int) -> Results:
         return dense.forward(*w.heads, w.scale, w.first, w.last, dense.Config(*config))
@@ -346,17 +267,16 @@ def warm_up(w: World) -> Iterator[Case]:
                        (128, 256, 8, 2)], 2 * s.heads * s.query * s.visible)  # fmt: skip
     yield from spread(of + "scores", name, scores,
                       [(4, 64, 4, 3), (4, 128, 8, 3), (2, 128, 4, 3), (2, 64, 4, 3), (4, 64, 4, 4)], pair)  # fmt: skip
-    yield from spread(of + "gradients, by rows", name, lambda *c: gradients(c, default),
-                      [default, (2, 64, 8, 3), (2, 64, 4, 3), (2, 128, 8, 3), (1, 128, 4, 3), (4, 64, 8, 2)],
-                      4 * pair)  # fmt: skip
-    yield from spread(of + "gradients, by keys", name, lambda *c: gradients(default, c),
-                      [default, (2, 64, 4, 3), (2, 128, 8, 3), (1, 128, 4, 3), (4, 64, 8, 2)], 4 * pair)  # fmt: skip
+    yield from spread(of + "gradients, by rows", name, lambda *c: gradients(c, of_keys),
+                      [of_rows, (2, 64, 4, 3), (2, 128, 8, 2)], 4 * pair)  # fmt: skip
+    yield from spread(of + "gradients, by keys", name, lambda *c: gradients(of_rows, c),
+                      [of_keys, (1, 64, 4, 3), (4, 64, 8, 2), (2, 128, 8, 2)], 4 * pair)  # fmt: skip
 
 
 def selected(w: World) -> Iterator[Case]:
     s, of, name = w.sizes, "index_kl_selected ", "keys {} warps {} stages {}"
     pair = 2 * s.index_heads * s.index_dim * s.selected
-    configs = [(64, 4, 3), (128, 4, 3), (128, 8, 3), (32, 4, 3), (64, 4, 2)]
+    configs = [(64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3)]
 
     def scores(*config: int) -> Results:
         return (kl_selected.scores(*w.index, w.idx, kl_selected.Config(*config)),)
@@ -366,7 +286,7 @@ def selected(w: World) -> Iterator[Case]:
         return *kl_selected.backward(*w.index, w.idx, w.d_selected, d_k, config=kl_selected.Config(*config)), d_k
 
     yield from spread(of + "scores", name, scores, configs, pair)
-    yield from spread(of + "gradients", name, gradients, configs, 3 * pair)
+    yield from spread(of + "gradients", name, gradients, [(64, 4, 3), (64, 4, 2), (32, 4, 3)], 3 * pair)
 
 
 def fp8_linear(w: World) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Times configurations and other forms of the Triton kernels on a GPU at DeepSeek-V3.2's geometry, to choose defaults.
+"""Times configurations of the Triton kernels on a GPU at DeepSeek-V3.2's geometry, to choose defaults.
 
     bash bench/gpu.sh sweep [seconds] [parts, comma-separated]      default: 150 seconds, every part of gpu_cases.PARTS
 

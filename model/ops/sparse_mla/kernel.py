@@ -4,12 +4,12 @@ One row of `kv` serves every head as key (all of it) and as value (its first C c
 and a block of heads: it gathers a tile of rows once and the heads are the rows of its matrix products.
 
 The backward pass is two kernels, not one. A fused kernel would hold dq [64, 576] and a tile of dkv in registers and add
-every tile to dkv once a block of heads: twice the atomics at 128 heads, and atomics are its limit. Here the first
-kernel writes P and dS in the inputs' dtype (4 H k bytes a row in bf16: 1 MiB for V3.2, where one row's contribution to
-dkv is 4.5), and the second is plain matrix products over them, a slice of columns a program, with all heads in the
-contraction: nothing is computed twice, dkv is added to once a (row, key), and no product feeds another inside a
-program, which leaves Triton free to pipeline all loads and to use every warp. In deterministic mode the second kernel
-writes its tiles to a buffer and `segment_sum` adds them up.
+every tile to dkv once a block of heads: twice the atomics at 128 heads. Here the first kernel writes P and dS in the
+inputs' dtype (4 H k bytes a row in bf16: 1 MiB for V3.2, where one row's contribution to dkv is 4.5), and the second is
+plain matrix products over them, a slice of columns a program, with all heads in the contraction: nothing is computed
+twice, dkv is added to once a (row, key), and no product feeds another inside a program, which leaves Triton free to
+pipeline all loads and to use every warp. In deterministic mode the second kernel writes its tiles to a buffer and
+`segment_sum` adds them up.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ def _keys(at_most: int, resident: int, per_key: int) -> int:
 
 # fp32 products do not run on tensor cores: small tiles, for comparisons. In 16 bits, three stages are two buffers of
 # gathered rows, and the indices one step ahead of them: without it every gather would wait for its indices.
+# Only the forward kernel measured faster with two (README.md).
 
 
 def _forward_config(q: Tensor) -> Config:
     if q.element_size() > 2:
         return Config(16, 16, 4, 1)
     heads, row = _power(q.shape[1], 64), 2 * q.shape[2]
-    return Config(heads, _keys(64, heads * row, row), 8 if heads == 64 else 4, 3)
+    return Config(heads, _keys(64, heads * row, row), 8 if heads == 64 else 4, 2)
 
 
 def _target_config(q: Tensor) -> Config:
@@ -75,7 +76,7 @@ def _target_config(q: Tensor) -> Config:
     if q.shape[1] > 128:  # every tile loads all queries again: no room for two buffers of them
         return Config(64, 32, 4, 1)
     heads, row = _power(q.shape[1], 128), 2 * q.shape[2]
-    return Config(heads, _keys(64, heads * row, row), 8 if heads == 128 else 4, 3)
+    return Config(heads, _keys(64, heads * row, row), 4, 3)
 
 
 def _backward_config(q: Tensor) -> BackwardConfig:
@@ -274,18 +275,27 @@ def _check(q: Tensor, kv: Tensor, idx: Tensor) -> None:
 
 
 def forward(
-    q: Tensor, kv: Tensor, idx: Tensor, scale: float, value_dim: int, config: Config | None = None
+    q: Tensor,
+    kv: Tensor,
+    idx: Tensor,
+    scale: float,
+    value_dim: int,
+    config: Config | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [R, H, C+r] over rows idx int32 [R, k] (-1 anywhere: no entry) of kv [S, C+r].
 
     Returns: out [R, H, C = value_dim] in q's dtype and the natural log-sum-exp of the scaled logits, fp32 [R, H]. A row
-    with no entry gives out 0 and lse -inf.
+    with no entry gives out 0 and lse -inf. `into`: contiguous tensors that take both.
     """
     _check(q, kv, idx)
     (rows, heads, width), k = q.shape, idx.shape[1]
     config = config or _forward_config(q)
-    out = torch.empty(rows, heads, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
+    out, lse = into or (
+        torch.empty(rows, heads, value_dim, dtype=q.dtype, device=q.device),
+        torch.empty(rows, heads, dtype=torch.float32, device=q.device),
+    )
+    assert out.is_contiguous() and lse.is_contiguous()
     if rows:
         _forward[(rows * triton.cdiv(heads, config.heads),)](
             q, kv, idx, out, lse, scale, heads, value_dim, width - value_dim, k, config.heads, config.keys,

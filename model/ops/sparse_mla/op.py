@@ -39,14 +39,34 @@ def _chunks(q: Tensor, width: int, dtype: torch.dtype, settings: OpSettings) -> 
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _absorb(q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, H, nope], [n, H, rope], [H, nope, C] -> [n, H, C + rope]."""
+def _absorb(q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """[n, H, nope], [n, H, rope], [H, nope, C] -> [n, H, C + rope]. `in_place`: the product is written where it
+    belongs, which saves a GPU a copy and which a CPU does row by row."""
     rows, heads, _ = q_nope.shape
     latent = w_uk.shape[2]
     q = torch.empty(rows, heads, latent + q_rope.shape[2], dtype=dtype, device=q_nope.device)
-    q[..., :latent] = torch.bmm(q_nope.to(dtype).transpose(0, 1), w_uk.to(dtype)).transpose(0, 1)
+    factors, target = (q_nope.to(dtype).transpose(0, 1), w_uk.to(dtype)), q[..., :latent].transpose(0, 1)
+    if in_place:
+        torch.bmm(*factors, out=target)
+    else:
+        target.copy_(torch.bmm(*factors))
     q[..., latent:] = q_rope
     return q
+
+
+def _triton_forward(
+    q: Tensor, kv: Tensor, idx: Tensor, scale: float, out: Tensor, lse: Tensor, mean: Tensor | None, workspace: int
+) -> None:
+    """Fills out, lse and, if given, mean, in whichever form is the faster. P takes up to half the workspace."""
+    from model.ops.sparse_mla import kernel, written_kernel
+
+    value_dim = out.shape[2]
+    if mean is not None and written_kernel.suits(q, kv, value_dim):
+        written_kernel.forward(q, kv, idx, scale, value_dim, workspace=workspace // 2, into=(out, lse, mean))
+        return
+    kernel.forward(q, kv, idx, scale, value_dim, into=(out, lse))
+    if mean is not None:
+        mean.copy_(kernel.target(q, kv, idx, lse, scale))
 
 
 class _SparseMLA(torch.autograd.Function):
@@ -62,18 +82,16 @@ class _SparseMLA(torch.autograd.Function):
             lse = torch.empty(rows, heads, dtype=torch.float32 if triton else dtype, device=kv.device)
             mean = torch.empty(idx.shape, dtype=lse.dtype, device=kv.device) if target else None
             for part in _chunks(q_nope, kv.shape[1], dtype, settings):
-                q = _absorb(q_nope[part], q_rope[part], w_uk, dtype)
+                q = _absorb(q_nope[part], q_rope[part], w_uk, dtype, in_place=triton)
                 if triton:
-                    from model.ops.sparse_mla import kernel
-
-                    out[part], lse[part] = kernel.forward(q, kv, idx[part], scale, value_dim)
-                    found = kernel.target(q, kv, idx[part], lse[part], scale) if target else None
+                    wanted = None if mean is None else mean[part]
+                    _triton_forward(q, kv, idx[part], scale, out[part], lse[part], wanted, settings.workspace)
                 else:
                     out[part], lse[part], found = streaming.forward(
                         q, kv, idx[part], scale, value_dim, settings.workspace, target, block
                     )
-                if mean is not None:
-                    mean[part] = found
+                    if mean is not None:
+                        mean[part] = found
         ctx.save_for_backward(q_nope, q_rope, w_uk, latent, k_rope, idx, out, lse)
         ctx.scale, ctx.settings, ctx.block = scale, settings, block
         ctx.set_materialize_grads(False)
@@ -94,11 +112,12 @@ class _SparseMLA(torch.autograd.Function):
             d_w = torch.zeros(w_uk.shape, dtype=accumulate, device=kv.device)
             w = w_uk.to(dtype)
             for part in _chunks(q_nope, kv.shape[1], dtype, ctx.settings):
-                q, d_out_b = _absorb(q_nope[part], q_rope[part], w_uk, dtype), d_out[part].to(dtype)
+                q, d_out_b = _absorb(q_nope[part], q_rope[part], w_uk, dtype, in_place=triton), d_out[part].to(dtype)
                 if triton:
-                    from model.ops.sparse_mla import kernel
+                    from model.ops.sparse_mla import kernel, written_kernel
 
-                    d_q = kernel.backward(
+                    form = written_kernel if written_kernel.suits(q, kv, width) else kernel
+                    d_q = form.backward(
                         q, kv, idx[part], out[part], lse[part], d_out_b, ctx.scale, d_kv,
                         deterministic=ctx.settings.deterministic, workspace=ctx.settings.workspace // 2,
                     )  # fmt: skip

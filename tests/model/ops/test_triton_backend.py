@@ -130,12 +130,14 @@ def test_index_kl_dense(workspace, rectangle, values, dtype):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_sparse_mla(workspace, dtype, deterministic):
-    shapes = (ROWS, 3, 6), (ROWS, 3, 8), (3, 6, 16), (ROWS, 16), (ROWS, 8)
+@pytest.mark.parametrize(("heads", "latent", "rope"), [(3, 16, 8), (16, 64, 16)])
+def test_sparse_mla(heads, latent, rope, workspace, dtype, deterministic):
+    """The second geometry is, in bf16, that of the form which writes P."""
+    shapes = (ROWS, heads, 6), (ROWS, heads, rope), (heads, 6, latent), (ROWS, latent), (ROWS, rope)
     tensors = inputs(4, *shapes, dtype=dtype)
     q, k, w = (t.to(DEVICE) for t in integers(5, (ROWS, 3, 4), (ROWS, 4), (ROWS, 3)))
     idx = index_topk(q, k, w, DOC_START, 7)
-    upstream = torch.randn(ROWS, 3, 16, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    upstream = torch.randn(ROWS, heads, latent, generator=torch.Generator().manual_seed(6)).to(DEVICE)
 
     def run(settings: OpSettings) -> dict[str, Tensor]:
         found = sparse_mla(*tensors, idx, 0.35, target=True, settings=settings)
