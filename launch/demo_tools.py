@@ -49,10 +49,10 @@ FULL = Plan(
     traces=8000,
     base=2400,
     warmup=60,
-    cold_start=150,
+    cold_start=450,
     grpo=16,
     prompts=8,
-    eval_prompts=128,
+    eval_prompts=96,
     min_gap=0.3,
     min_gain=0.05,
 )
@@ -89,7 +89,7 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
     policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4"
-    curve = f"rl.eval_every={max(1, plan.grpo // 4)} rl.eval_prompts={plan.eval_prompts // 2}"
+    curve = f"rl.eval_every={max(1, plan.grpo // 2)} rl.eval_prompts={plan.eval_prompts // 2}"
     vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 data.tokenizer=train:768"
     found = [
         ("base", f"+stage=pretrain {vocabulary} {mixed} train.steps={plan.base}"),
