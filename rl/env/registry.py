@@ -29,16 +29,16 @@ def choose(chosen: str) -> tuple[Environment, int]:
             raise UserError(f"{chosen} names no taskset: give verifiers:ID")
         return _taskset(level), 1
     if name not in ENVIRONMENTS and level and not level.isdecimal():
-        module, (wanted, _, level) = name, level.partition(":")
-        name, environment = f"{module}:{wanted}", _imported(module, wanted)
-        return environment, _level(chosen, name, environment, level)
+        module, (wanted, colon, level) = name, level.partition(":")
+        environment = _imported(module, wanted)
+        return environment, _level(chosen, f"{module}:{wanted}", environment, level if colon else None)
     if name not in ENVIRONMENTS:
         raise UserError(f"environment {name!r} is not known: {nearest(name, [*ENVIRONMENTS, 'verifiers'])}")
-    return ENVIRONMENTS[name], _level(chosen, name, ENVIRONMENTS[name], level if colon else "")
+    return ENVIRONMENTS[name], _level(chosen, name, ENVIRONMENTS[name], level if colon else None)
 
 
-def _level(chosen: str, name: str, environment: Environment, level: str) -> int:
-    if not level:
+def _level(chosen: str, name: str, environment: Environment, level: str | None) -> int:
+    if level is None:
         return 1
     if not (level.isascii() and level.isdecimal()) or not 1 <= int(level[:9]) <= environment.max_level:
         raise UserError(f"{chosen} has no such level: {name} has 1 to {environment.max_level}")

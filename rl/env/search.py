@@ -1,6 +1,6 @@
 """Questions over several documents of an invented world, with `search` and `open`.
 
-    1  Name the mayor of the birthplace of Kadelo.                             two documents, one fact of each
+    1  Name the birthplace of the teacher of Kadelo.      two documents; the first hop is always the teacher
     2  Name the river of the seat of the employer of Kadelo.                   three
     3  Name the mayor of the larger of the birthplaces of Kadelo and Sanote.   four: two people, two towns
 
@@ -128,13 +128,14 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
     world = world_of(level)
     pick = ""
     if level < 3:
-        entities = [rng.choice(list(world.kinds))]
+        starts = [name for name, kind in world.kinds.items() if level > 1 or kind == "person"]
+        entities = [rng.choice(starts)]
         path: list[str] = []
         kind, answer = world.kinds[entities[0]], entities[0]
         for hop in range(level + 1):
             last = hop == level
             options = [name for name, to in RELATIONS[kind].items() if last or to != "river"]
-            path.append(rng.choice(options))
+            path.append("teacher" if level == 1 and hop == 0 else rng.choice(options))
             kind, answer = RELATIONS[kind][path[-1]], world.facts[answer, path[-1]]
         asked = " of ".join(f"the {relation}" for relation in reversed(path)) + f" of {entities[0]}"
     else:
