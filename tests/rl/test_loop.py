@@ -331,6 +331,7 @@ def test_samples_show_what_was_drawn_graded_and_trained(base: str, tmp_path: Pat
     for row in shown:
         told = row["per_token"]
         assert "".join(told["text"]) == row["text"] and row["weight_versions"] == [row["step"] - 1]
+        assert told.pop("between") == []
         assert {len(column) for column in told.values()} == {row["tokens"]} and max(filter(None, told["kept"])) < 256
         assert row["off_policy_masked"] is (row["advantage"] < 0 and row["off_policy_kl"] > 1e-3)
         gaps = [old - new for old, new in zip(told["behaviour_logprobs"], told["logprobs"], strict=True)]

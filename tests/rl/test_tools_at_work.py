@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from conf.schema import RLConfig, ToolsConfig
 from data.calls import ToolCall
 from data.dsml import call_pieces
@@ -19,7 +17,7 @@ from rl.rollout.tool_loop import ToolLoop
 from tests.rl.test_tool_loop import TOKENIZER, Scripted
 
 NUMBER = 64
-LIMIT_S = 20.0  # of a call: a cold start beside 63 others on two busy cores takes ten seconds
+LIMIT_S = 40.0  # of a call: a cold start beside 63 others on two busy cores takes ten seconds, on one twenty
 KINDS = {  # by number % 8: (what it runs first, what it reads)
     0: ("while True: pass", ""),
     1: ("import os; os._exit(3)", "Error"),
@@ -42,9 +40,8 @@ def policy(request: RolloutRequest, number: int) -> str:
     return says("so", "done")
 
 
-@pytest.mark.parametrize("concurrent", [NUMBER, 32])
-def test_sixty_four_trajectories_with_python(concurrent: int, tmp_path: Path):
-    tools = ToolsConfig(names=("python",), timeout_s=LIMIT_S, concurrent=concurrent)
+def test_sixty_four_trajectories_with_python(tmp_path: Path):
+    tools = ToolsConfig(names=("python",), timeout_s=LIMIT_S)
     rl = RLConfig(tools=tools)
     began = time.monotonic()
     with Offer(rl, TOKENIZER, tmp_path) as offer:
@@ -61,5 +58,4 @@ def test_sixty_four_trajectories_with_python(concurrent: int, tmp_path: Path):
         assert first.error == (kind in (0, 1)), first.result
         assert first.seconds < LIMIT_S + 1
         assert "42" in second.result and not second.error, "the next call of whoever hung or died works"
-    rounds = 1 if concurrent == NUMBER else NUMBER / concurrent
-    assert seconds < 2 * LIMIT_S * rounds + 30
+    assert seconds < 2 * LIMIT_S + 30
