@@ -55,11 +55,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.num < 1:
         raise UserError(f"--num {given.num} writes nothing: give 1 or more")
-    for name, share, most in (("heldout", given.heldout, 1), ("slips", given.slips, 1), ("bare", given.bare, 1.01)):
-        if not 0 <= share < most:
-            raise UserError(
-                f"--{name} {share:g} is no share: give 0 or more, {'at most' if most > 1 else 'less than'} 1"
-            )
+    for name, share in (("heldout", given.heldout), ("slips", given.slips)):
+        if not 0 <= share < 1:
+            raise UserError(f"--{name} {share:g} is no share: give 0 or more, less than 1")
+    if not 0 <= given.bare <= 1:
+        raise UserError(f"--bare {given.bare:g} is no share: give 0 to 1")
     if given.out.suffix != ".jsonl":
         raise UserError(f"--out {given.out} is no .jsonl: the rows are JSON, a line each")
     if given.out.is_dir():
