@@ -79,6 +79,7 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     refuse_unknown_domains(config)
     autocast = autocast_dtype(config.precision.name)
     offer = Offer(rl, context.tokenizer(), context.folder, distributed.rank())
+    offer.open()
     heldout = Heldout(config, context.tokenizer(), net, context.stage.attention, autocast, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     with (

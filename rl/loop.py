@@ -56,6 +56,7 @@ def run(context: RunContext) -> None:
     config, rl = context.config, context.config.rl
     context.guard = Guard(math.inf, config.train.max_skipped_steps)  # a policy loss has no scale for a spike
     offer = Offer(rl, context.tokenizer(), context.folder, distributed.rank())
+    offer.open()
     stream = open_prompts(context, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     net = context.build_net()

@@ -54,6 +54,14 @@ class Offer:
             self._loop = LoopThread("tools")
         return self._loop
 
+    def open(self) -> None:
+        """Makes what is dear now, so that a mistake ends the run before a model is built. UserError."""
+        for view in self.rl.views:
+            if view.env is not None:
+                self._environment(view.env)
+            elif view.offers_tools:
+                open_tools(self.rl.tools.names, self.shared)
+
     def plays(self, asked: Asked) -> bool:
         """Whether its sample is a trajectory: it has tools, or an environment that looks at its end."""
         return bool(asked.env) or self.has_tools(asked)
@@ -64,9 +72,10 @@ class Offer:
         return of_domain.use_tools and bool(asked.env or of_domain.tools.names or of_domain.tools.mcp)
 
     def environment(self, asked: Asked) -> Environment | None:
-        if not asked.env:
-            return None
-        environment, _ = choose(asked.env)
+        return self._environment(asked.env) if asked.env else None
+
+    def _environment(self, env: str) -> Environment:
+        environment, _ = choose(env)
         if environment.wants_pool:
             environment.pool, environment.python_limits = self.shared.pool(), python_limits(self.rl.tools)
         return environment

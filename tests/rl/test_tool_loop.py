@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from conf.schema import RLConfig, ToolsConfig
+from conf.errors import UserError
+from conf.schema import DomainConfig, RLConfig, ToolsConfig
 from data.calls import ToolCall
 from data.chat import encode_messages, encode_prompt, render_text
 from data.context import CONTEXT_RULES
@@ -510,6 +512,19 @@ def test_an_exception_of_the_run_closes_the_tools(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         played.loop.generate([asked], stop)
     assert [tool.closed for tool in played.world.opened[-1:]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("rl", "reason"),
+    [
+        (RLConfig(tools=ToolsConfig(names=("calculater",))), "did you mean calculator?"),
+        (RLConfig(env="nowhere.at_all:World", outcome="environment"), "is its folder on PYTHONPATH?"),
+        (RLConfig(domains={"a": DomainConfig(env="serch", outcome="environment")}), "did you mean search?"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_drawn(rl, reason):
+    with Offer(rl, TOKENIZER, Path("unused")) as offer, pytest.raises(UserError, match=re.escape(reason)):
+        offer.open()
 
 
 def test_use_tools_false_asks_without_them(monkeypatch):
