@@ -18,12 +18,11 @@ from conf.errors import UserError, nearest
 from conf.schema import RLConfig, RunConfig
 from data.mixture import mixture
 from data.prompts import Prompt, prompts, train_domains
-from data.tasks import TASKS
+from data.tasks import TASKS, distinct
 from rl.env.registry import choose
 from rl.messages import RolloutRequest
 
 PATIENCE = 1000  # prompts in a row that may be too long before it is an error
-MOST_HELDOUT, RARE = 4096, 200  # held-out problems of an environment; repetitions in a row that end them
 
 
 def sample_seed(seed: int, iteration: int, prompt_index: int, sample_index: int) -> int:
@@ -76,16 +75,9 @@ def _prompts(config: RunConfig, rl: RLConfig, split: str, start: int = 0) -> Ite
 def env_prompts(env: str, split: str, seed: int, heldout: float, start: int = 0) -> Iterator[Prompt]:
     """The problems of ENV or ENV:LEVEL from number `start` on. train: no end; heldout: each key once, then it ends."""
     environment, level = choose(env)
-    seen, repeated = set[str](), 0
-    for index in count(start if split == "train" else 0):
-        problem = environment.problem_at(index, split, seed, level, heldout)
-        if split != "train":
-            repeated = repeated + 1 if problem.key in seen else 0
-            if repeated > RARE or len(seen) == MOST_HELDOUT:
-                return
-            if repeated:
-                continue
-            seen.add(problem.key)
+    numbers = count(start if split == "train" else 0)
+    made = (environment.problem_at(number, split, seed, level, heldout) for number in numbers)
+    for problem in made if split == "train" else distinct(made, lambda problem: problem.key):
         yield Prompt(problem.prompt, problem.answer, environment.name, problem.key, env=env, state=problem.state)
 
 

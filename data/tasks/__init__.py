@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from data.tasks import arithmetic, countdown, counting, sorting, words
 from data.tasks.task import Problem, Task
@@ -18,6 +19,7 @@ from data.tasks.task import Problem, Task
 __all__ = ["TASKS", "Chosen", "Problem", "Task", "choose", "heldout_problems", "mixed_problems", "task_key"]
 
 RARE = 200  # repetitions in a row
+T = TypeVar("T")
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (arithmetic, words, sorting, countdown, counting)}
 
 
@@ -52,16 +54,21 @@ def mixed_problems(
 def heldout_problems(
     chosen: Sequence[Chosen], seed: int, share: float, limit: int = 4096
 ) -> Iterator[tuple[str, Problem]]:
-    """Distinct held-out problems, each key once, at most `limit`; it ends where new ones have become rare."""
+    """Distinct held-out problems, see `distinct`."""
+    return distinct(mixed_problems(chosen, "heldout", seed, share), lambda item: item[1].key, limit)
+
+
+def distinct(items: Iterator[T], key: Callable[[T], str], limit: int = 4096) -> Iterator[T]:
+    """Each key once, at most `limit`; it ends where new ones have become rare."""
     keys: set[str] = set()
     repeated = 0
-    for name, problem in mixed_problems(chosen, "heldout", seed, share):
-        repeated = repeated + 1 if problem.key in keys else 0
+    for item in items:
+        repeated = repeated + 1 if key(item) in keys else 0
         if repeated > RARE:
             return
         if not repeated:
-            keys.add(problem.key)
-            yield name, problem
+            keys.add(key(item))
+            yield item
             if len(keys) == limit:
                 return
 

@@ -149,7 +149,7 @@ class Trajectory:
             self.messages = with_summary(before, summary)
             self._fork()
         else:  # nothing was said: what there is of calls is worth more than an empty summary
-            self._discard(before, 0.75)
+            self._discard(before, DISCARDED["discard_75"])
 
     def _fork(self, rule: ContextRule | None = None) -> None:
         """Closes the row; the conversation, encoded anew, begins the next."""

@@ -104,7 +104,7 @@ def test_proc_tricks(pool: SandboxPool) -> None:
     import glob, os
     seen = []
     for root in glob.glob('/proc/*/root') + glob.glob('/proc/*/cwd') + ['/proc/self/root', '/proc/thread-self/root']:
-        for inner in ('/etc/shadow', '/etc/hostname', '/work', '/home', '/var', '/bin', '/proc/self/root/../../var'):
+        for inner in ('/etc/shadow', '/etc/hostname', 'CHECKOUT', '/home', '/var', '/bin', '/proc/self/root/../../var'):
             if os.path.exists(root + inner):
                 seen.append(root + inner)
     for path in ('kcore', 'kmem', 'kmsg', 'sys/kernel/core_pattern', 'sys/kernel/hostname', 'sysrq-trigger', 'keys',
@@ -131,7 +131,7 @@ def test_proc_tricks(pool: SandboxPool) -> None:
     os.chdir('/')
     os.chdir('../../..')
     print(seen, os.path.exists('home'), open('/proc/self/cgroup').read().count('slurm'))
-    """
+    """.replace("CHECKOUT", str(ROOT))
     assert attack(pool, code).output == "[] False 0\n"
 
 
