@@ -120,8 +120,8 @@ class Sample:
 
     request: RolloutRequest
     tokens: TokenColumns  # of several rows the last
-    # what was sampled, without the end-of-sequence token or the stop string and what lies behind it; where tools were at
-    # hand all thoughts, and behind `</think>` the answer, if it came to one
+    # what was sampled, without the end-of-sequence token or the stop string and what lies behind it; where tools were
+    # at hand all thoughts, and behind `</think>` the answer, if it came to one
     text: str
     # stop (end of sequence or a stop string) | length | turns, context (no more of them) | cut, which is never graded
     finish_reason: str
