@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-TASK_LEVELS = {"arithmetic": 18, "words": 6, "sorting": 8, "countdown": 5, "counting": 9}  # data/tasks: hardest of each
+TASK_LEVELS = {  # data/tasks: hardest of each
+    "arithmetic": 18,
+    "words": 6,
+    "sorting": 8,
+    "countdown": 5,
+    "counting": 9,
+    "copying": 8,
+}
 ENVIRONMENT_LEVELS = {"calculator": 3, "search": 3, "programs": 3, "tickets": 4}  # rl/env: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
 

@@ -1,12 +1,12 @@
-"""Reasoning in tool use on one machine: traces -> base -> warm-up -> cold start -> GRPO with tools, and what tools are
-worth.
+"""Reasoning in tool use on one machine: traces -> copying -> base -> warm-up -> cold start -> GRPO with tools, and what
+tools are worth.
 
     python launch/demo_tools.py [--short] [--dir runs/demo_tools]
 
-The policy learns to call a calculator for arithmetic beyond its head and to search a corpus for answers that take two
-documents, in the middle of its reasoning. Every stage is an ordinary command line (echoed, so that it can be copied) on
-two ranks; a stage that is finished is not run again. At the end each policy is asked the same held-out problems with
-and without its tools.
+The policy first learns to copy (data/tasks/copying.py), then to call a calculator for arithmetic beyond its head and to
+search a corpus for answers that take two documents, in the middle of its reasoning. Every stage is an ordinary command
+line (echoed, so that it can be copied) on two ranks; a stage that is finished is not run again. At the end each policy
+is asked the same held-out problems with and without its tools.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Plan:
 
     environments: dict[str, str]
     traces: int
+    copying: int
     base: int
     warmup: int
     cold_start: int
@@ -46,10 +47,11 @@ class Plan:
 
 FULL = Plan(
     environments={"calculator": "calculator:1", "search": "search:1"},
-    traces=8000,
-    base=2400,
+    traces=16000,
+    copying=700,
+    base=1800,
     warmup=60,
-    cold_start=450,
+    cold_start=300,
     grpo=16,
     prompts=8,
     eval_prompts=96,
@@ -59,6 +61,7 @@ FULL = Plan(
 SHORT = Plan(
     environments={"calculator": "calculator:1"},
     traces=1000,
+    copying=20,
     base=40,
     warmup=10,
     cold_start=20,
@@ -68,7 +71,7 @@ SHORT = Plan(
     min_gap=-1.0,
     min_gain=-1.0,
 )
-STAGES = ("base", "warmup", "cold_start", "grpo")
+STAGES = ("copying", "base", "warmup", "cold_start", "grpo")
 MEASURED = ("cold_start", "grpo")
 
 
@@ -77,22 +80,24 @@ def trace_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     names = " ".join(plan.environments.values())
     return [
         ("base_traces.jsonl", f"{names} --num {plan.traces} --bare 0.9 --seed 0 --out {out}/base_traces.jsonl"),
-        ("traces.jsonl", f"{names} --num {plan.traces // 2} --seed 1 --out {out}/traces.jsonl"),
+        ("traces.jsonl", f"{names} --num {plan.traces // 4} --seed 1 --out {out}/traces.jsonl"),
     ]
 
 
 def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     """(name, arguments of launch/stage.py) in order."""
-    mixed = f"data.source=files data.path={out}/base_traces.jsonl data.synthetic_share=0.4 data.seq_len=512"
-    mixed += " data.tasks=sorting:3,words:2"
+    mixed = f"data.source=files data.path={out}/base_traces.jsonl data.tasks=copying:1,copying:2 data.seq_len=512"
     traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1024"
     each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
     policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4"
     curve = f"rl.eval_every={max(1, plan.grpo // 2)} rl.eval_prompts={plan.eval_prompts // 2}"
-    vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 data.tokenizer=train:768"
+    vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 model.num_nextn_predict_layers=0"
+    vocabulary += " data.tokenizer=train:768"
+    copies = "data.synthetic_share=0.9 optim.lr=2e-3 optim.schedule=constant"
     found = [
-        ("base", f"+stage=pretrain {vocabulary} {mixed} train.steps={plan.base}"),
+        ("copying", f"+stage=pretrain {vocabulary} {mixed} {copies} train.steps={plan.copying}"),
+        ("base", f"+stage=pretrain init_from={out}/copying {mixed} train.steps={plan.base} optim.lr=2e-3"),
         ("warmup", f"+stage=dense_warmup init_from={out}/base {traces} train.steps={plan.warmup} optim.lr=1e-2"),
         ("cold_start", f"+stage=sft init_from={out}/warmup {traces} train.steps={plan.cold_start} optim.lr=1e-3"),
         ("grpo", f"+stage=grpo init_from={out}/cold_start {asked} {policy} {curve} train.steps={plan.grpo}"),

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data.tasks import arithmetic, countdown, counting, sorting, words
+from data.tasks import arithmetic, copying, countdown, counting, sorting, words
 from data.tasks.task import Problem, Task
 
 __all__ = ["TASKS", "Chosen", "Problem", "Task", "choose", "heldout_problems", "mixed_problems", "task_key"]
 
 RARE = 200  # repetitions in a row
 T = TypeVar("T")
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (arithmetic, words, sorting, countdown, counting)}
+MODULES = (arithmetic, words, sorting, countdown, counting, copying)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in MODULES}
 
 
 @dataclass(frozen=True)

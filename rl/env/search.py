@@ -4,7 +4,7 @@
     2  Name the river of the seat of the employer of Kadelo.                   three
     3  Name the mayor of the larger of the birthplaces of Kadelo and Sanote.   four: two people, two towns
 
-Each level has one corpus, made from the level alone: people, towns and companies with names of three syllables, a
+Each level has one corpus, made from the level alone: people, towns and companies with names of two or three syllables, a
 document each. All of it is always searchable; held out are combinations of entities and relations. Nothing can be
 guessed: the facts are permutations, so every candidate is the answer equally often; a question has no word of its last
 document but those that all documents of the kind share; and no document holds both an entity of the question and its
@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.calls import ToolCall
+from data.tasks.copying import SYLLABLES
 from rl.env.drawn import draw
 from rl.env.environment import Environment, EnvProblem, Said, Solution
 from rl.tools.tool import Tool
 
-SYLLABLES = tuple(a + b for a in "bdklmnrst" for b in "aeo")
-NUM_PEOPLE, NUM_TOWNS, NUM_COMPANIES = 480, 96, 96
+NAME_SYLLABLES = {1: 2, 2: 3, 3: 3}  # of a level: a tiny model copies two of them sooner than three
+NUM_PEOPLE, NUM_TOWNS, NUM_COMPANIES = 400, 96, 96
 FIRST_ID = 100  # three digits for every document
 RELATIONS = {  # kind -> relation -> kind of what it leads to
     "person": {"birthplace": "town", "employer": "company", "teacher": "person"},
@@ -75,7 +76,8 @@ class World:
 def world_of(level: int) -> World:
     """The world of a level, always the same."""
     rng = random.Random(f"search/{level}")
-    names = ["".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=3)]
+    spelled = ("".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=NAME_SYLLABLES[level]))
+    names = [name for name in spelled if name != "Name"]  # every question begins with it
     found = iter(rng.sample(names, NUM_PEOPLE + 2 * NUM_TOWNS + NUM_COMPANIES))
     people, towns, rivers, companies = (
         list(itertools.islice(found, number)) for number in (NUM_PEOPLE, NUM_TOWNS, NUM_TOWNS, NUM_COMPANIES)
@@ -157,6 +159,13 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
     return EnvProblem(f"Name {asked}.", answer, key, json.dumps(state))
 
 
+def _said(world: World, entities: Sequence[str], relation: str) -> str:
+    """What a solver notes of documents: of one the fact alone, of several whose it is as well."""
+    if len(entities) == 1:
+        return f"The {relation} is {world.facts[entities[0], relation]}."
+    return " ".join(world.sentence(entity, relation) for entity in entities)
+
+
 def _picked(world: World, a: str, b: str, pick: str) -> str:
     """Which of two towns or companies is the larger, smaller, older or younger one."""
     number, less, _ = COMPARED[world.kinds[a]]
@@ -175,7 +184,7 @@ class SearchEnvironment(Environment):
         from rl.tools.search import Open, Search
 
         corpus = corpus_of(json.loads(problem.state)["level"])
-        return [Search(corpus), Open(corpus)]
+        return [Search(corpus, num_results=1), Open(corpus)]
 
     async def verify(self, problem: EnvProblem, answer: str, tools: Sequence[Tool]) -> float:
         """1.0 for the name alone, letter by letter (spaces around it aside)."""
@@ -199,7 +208,7 @@ class SearchEnvironment(Environment):
                 found = " ".join(world.sentence(entity, number) for entity in current)
                 current = [_picked(world, current[0], current[1], asked["pick"])]
                 found += f" The {asked['pick']} is {current[0]}. "
-            found += " ".join(world.sentence(entity, relation) for entity in current)
+            found += _said(world, current, relation)
             current = [world.facts[entity, relation] for entity in current]
             if hop < len(path) - 1:
                 thought = rng.choice(NEXTS).format(found, " and ".join(current))
@@ -211,7 +220,7 @@ def _read(
 ) -> Generator[Said, Sequence[str], bool]:
     """Searches the documents of `entities`, several at once, and opens them where there is an `rng`, which words it.
     False where one is not found."""
-    searches = (ToolCall("search", {"query": entity, "num_results": 1}) for entity in entities)
+    searches = (ToolCall("search", {"query": entity}) for entity in entities)
     results = yield Said(thought, calls=tuple(searches))
     ids = [world.ids[entity] for entity in entities]
     if not all(one in result for one, result in zip(ids, results, strict=True)):

@@ -150,21 +150,20 @@ class Search(Tool):
 
     name = "search"
     description = "Searches the documents for words. Gives titles, ids in brackets, and snippets, the best first."
-    parameters: dict[str, Any] = {
-        "type": "object",
-        "properties": {
-            "query": {"type": "string", "description": "Words to look for."},
-            "num_results": {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "description": "5 if left out."},
-        },
-        "required": ["query"],
-    }
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, num_results: int = 5) -> None:
+        """`num_results`: where a call names none."""
+        self.source, self.num_results = source, num_results
+        number = {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "description": f"{num_results} if left out."}
+        self.parameters: dict[str, Any] = {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "Words to look for."}, "num_results": number},
+            "required": ["query"],
+        }
 
-    async def call(self, query: str, num_results: int = 5) -> str:
-        hits = await self.source.find(query, int(num_results))  # 5.0 is an integer to JSON schema
-        return shown(hits)
+    async def call(self, query: str, num_results: int | None = None) -> str:
+        wanted = self.num_results if num_results is None else int(num_results)  # 5.0 is an integer to JSON schema
+        return shown(await self.source.find(query, wanted))
 
 
 class Open(Tool):

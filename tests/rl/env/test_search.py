@@ -70,7 +70,7 @@ def test_no_document_holds_the_question_and_its_answer(level: int) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_documents_are_short_alike_and_all_there_for_held_out_questions(level: int) -> None:
     texts = documents(level)
-    assert len(texts) == 672 and {text.count(".") for text in texts.values()} == {3}
+    assert len(texts) == 592 and {text.count(".") for text in texts.values()} == {3}
     assert max(len(text) for text in texts.values()) < 160
     for problem in problems("search", level, 50, "heldout"):
         assert set(by_reading(level, problem.prompt)[1]) <= set(texts)
