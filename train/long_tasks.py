@@ -5,15 +5,14 @@ it given. That is the case exactly where greedy decoding says the whole answer: 
 read the same. So one forward each measures what would take a decoding of every answer, and memory is that of a
 forward without losses: of the vocabulary only the answer's rows are made.
 
-Problems are shared out over replicas and counted, so any number of ranks finds the same numbers; counts stay with
-them, for intervals (`wilson`).
+Problems are shared out over replicas and counted, so any number of ranks finds the same numbers; counts stay
+with them, for intervals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import Tensor
@@ -110,15 +109,6 @@ def _is_right(net: Transformer, batch: dict[str, Tensor], cp: ContextParallel, a
     assert out.greedy is not None
     wrong = context.add((out.greedy != labels)[labels >= 0].sum())
     return int(wrong) == 0
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of a share (95% by default): (low, high). ValueError without trials."""
-    if n < 1:
-        raise ValueError("a share of no trials has no interval")
-    share, square = right / n, z * z / n
-    middle, spread = (share + square / 2) / (1 + square), z * sqrt(share * (1 - share) / n + square / (4 * n))
-    return max(0.0, middle - spread / (1 + square)), min(1.0, middle + spread / (1 + square))
 
 
 def accuracy_row(rows: Sequence[Row]) -> dict[str, float]:
