@@ -45,8 +45,8 @@ def accepted_types(hint: Any) -> tuple[type, ...]:
 
 
 def is_list(hint: Any) -> bool:
-    """Whether the field is a list of strings, `tuple[str, ...]`."""
-    return get_origin(hint) is tuple and get_args(hint) == (str, ...)
+    """Whether the field is a list, `tuple[str, ...]` or `tuple[int, ...]`."""
+    return get_origin(hint) is tuple and get_args(hint) in ((str, ...), (int, ...))
 
 
 def is_mapping(hint: Any) -> bool:
@@ -102,9 +102,10 @@ def suggest_key(key: str, groups: tuple[str, ...] = ()) -> str:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     if is_list(hint):
-        if isinstance(value, list | tuple) and all(type(item) is str for item in value):
+        kind, named = get_args(hint)[0], "strings" if str in get_args(hint) else "whole numbers"
+        if isinstance(value, list | tuple) and all(type(item) is kind for item in value):
             return tuple(value)
-        raise UserError(f"{key}={value!r:.80} has the wrong type {type(value).__name__}: {key} takes a list of strings")
+        raise UserError(f"{key}={value!r:.80} has the wrong type {type(value).__name__}: {key} takes a list of {named}")
     if is_mapping(hint):
         return _checked_mapping(key, value, get_args(hint)[1])
     accepted = accepted_types(hint)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -42,7 +42,7 @@ from conf.schema import STAGES, RunConfig
 __all__ = ["Loaded", "from_dict", "load", "load_yaml", "redacted", "save_yaml", "to_dict"]
 
 CONFIG_DIR = Path(__file__).resolve().parent
-GROUPS = ("model", "data", "optim", "parallel", "precision", "tracker", "rl")
+GROUPS = ("model", "data", "optim", "parallel", "precision", "tracker", "rl", "eval")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _json_strings(text: str) -> list[str] | None:
 
 def _value_override(arg: str, key: str, text: str, hint: Any) -> str:
     if is_list(hint):
-        text = _listed(text)
+        text = _listed(text) if str in get_args(hint) else f"[{text.strip().removeprefix('[').removesuffix(']')}]"
     already_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     null_means_none = type(None) in accepted_types(hint) and text.lower() == "null"
     if str in accepted_types(hint) and not already_quoted and not null_means_none:

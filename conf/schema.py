@@ -18,6 +18,9 @@ TASK_LEVELS = {  # data/tasks: hardest of each
     "counting": 9,
     "copying": 8,
 }
+LONG_LEVELS = {  # data/tasks/long: the highest level of each
+    "needle": 2, "queries": 8, "values": 8, "kv": 2, "variables": 8, "hops": 4, "common": 5, "copy": 16,
+}  # fmt: skip
 ENVIRONMENT_LEVELS = {"calculator": 3, "search": 3, "programs": 3, "tickets": 4}  # rl/env: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")
 
@@ -91,6 +94,11 @@ class DataConfig:
     operand_digits: int = 2  # synthetic: decimal digits of an operand
     tasks: tuple[str, ...] = ()  # synthetic: TASK or TASK:LEVEL, mixed; none: arithmetic of operand_digits
     worked_share: float = 1.0  # synthetic: share of problems that show their working; the rest answer at once
+    long_tasks: tuple[str, ...] = ()  # long-context problems to mix in: TASK or TASK:LEVEL of data/tasks/long
+    long_share: float = 0.0  # share of tokens of them, beside the source's and `synthetic_share`
+    long_min: int = 128  # tokens of the shortest; lengths are drawn log-uniformly
+    long_max: int | None = None  # of the longest; null: data.seq_len
+    long_questions: int = 16  # that one context is asked at most
     max_bad_rows: int = 100  # malformed rows that are skipped before it is an error
 
 
@@ -315,6 +323,17 @@ class RLConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """What the evaluate stage measures beside held-out losses: long-context tasks, dense against sparse attention."""
+
+    tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL of data/tasks/long
+    lengths: tuple[int, ...] = ()  # tokens of a problem, answer included; none: data.seq_len
+    depths: int = 5  # places of the needle, from the first to the last of the context, evenly
+    problems: int = 20  # held-out problems of every task, length and depth
+    k_sweep: tuple[int, ...] = ()  # accuracy of the tasks with these in place of model.index_topk as well
+
+
+@dataclass(frozen=True)
 class RunConfig:
     stage: str
     output_dir: str
@@ -330,3 +349,4 @@ class RunConfig:
     ops: OpsConfig = field(default_factory=OpsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

@@ -16,6 +16,7 @@ from typing import Any
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
+from conf.validate_long import LONG_RULES
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
@@ -73,6 +74,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "data.heldout": "[0, 1)",
     "data.synthetic_share": "[0, 1)",
     "data.worked_share": "[0, 1]",
+    "data.long_share": "[0, 1]",
     "train.balance_weight": "[0, inf)",
     "train.spike_factor": "(1, inf)",
     "optim.lr": "(0, inf)",
@@ -539,6 +541,7 @@ RULES: tuple[Rule, ...] = (
     judge_is_given,
     judge_url_is_safe,
     rl_weights,
+    *LONG_RULES,
 )
 
 

@@ -24,6 +24,7 @@ from data.pieces import plain_texts
 from data.rows import TEXT_SUFFIXES, BadRows, find_files, read_rows, read_text, suffix
 from data.split import digest, in_split
 from data.tasks import Problem, arithmetic, choose, mixed_problems, task_key
+from data.tasks.long import sample_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,6 +204,8 @@ def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000)
         length += len(text)
         if length > max_chars:
             break
+    if cfg.long_tasks:
+        sample += sample_texts(cfg.long_tasks, seed, cfg.heldout)
     if cfg.source == "synthetic" or cfg.synthetic_share > 0:
         worked = generated(cfg, "train", seed)
         sample += [

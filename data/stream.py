@@ -4,6 +4,7 @@ So any rank can make any sequence, the same global step holds the same tokens un
 the data is one number. Text: the documents of an epoch in an order of their own, one after another, cut every T tokens;
 the next epoch follows without a gap. Worked problems (`synthetic_share`) come as whole sequences, spread evenly
 among the text's, so text keeps its full context; each holds as many whole problems as fit, each its own document.
+Long-context problems (`long_share`, data/long_stream.py) come the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from conf.errors import UserError
 from conf.schema import DataConfig
 from data.corpus import Corpus, decode_targets, encode_document, open_corpus
+from data.long_stream import LongProblems
 from data.packing import PackedBatch, Piece, assemble
 from data.sources import documents
 from data.split import SPLITS
@@ -54,7 +56,9 @@ class TokenStream:
         assert split in SPLITS, split
         self.cfg, self.tokenizer, self.seed, self.split = cfg, tokenizer, seed, split
         self.position = 0  # global index of the next sequence
-        self.synthetic_share = 1.0 if cfg.source == "synthetic" else cfg.synthetic_share
+        self.long_share, self.long = cfg.long_share, LongProblems(cfg, tokenizer, seed, split)
+        rest = 1.0 - cfg.long_share  # of which worked problems have the share:
+        self.synthetic_share = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest
         self.corpus: Corpus | None = None
         if cfg.source != "synthetic":
             self.corpus = open_corpus(
@@ -65,6 +69,10 @@ class TokenStream:
     def sequence(self, index: int) -> PackedBatch:
         """Sequence `index` >= 0 of the stream, the same for every caller."""
         assert index >= 0, index
+        long_before = int(index * self.long_share)
+        if int((index + 1) * self.long_share) > long_before:
+            return assemble(self.long.sequence(long_before), self.cfg.seq_len)
+        index -= long_before
         arithmetic_before = int(index * self.synthetic_share)
         if int((index + 1) * self.synthetic_share) > arithmetic_before:
             pieces = self._problems(arithmetic_before)

@@ -8,6 +8,8 @@ behind the main ones), E routed experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from model.ops.vocab_loss import KeptSets
 from model.replay import LayerReplay, Replay
 from model.rope import rope_table
 
+GREEDY_ROWS = 256  # rows whose logits exist at a time
 INDEXER_INIT = 0.02  # standard deviation of a fresh indexer's matrices, whatever the trunk started from
 
 
@@ -43,6 +46,7 @@ class ForwardOutput:
     stats: dict[str, Tensor]  # [L] sums over rows: kl_uniform, mass, oracle_mass, rows
     num_rows: Tensor  # real rows of the sequence
     replay: dict[str, Tensor]  # with a record: routes [MoE layers, 2], selection [L, 2] (see model/replay.py)
+    greedy: Tensor | None = None  # [T] the likeliest token where there is a label, -1 elsewhere
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class Transformer(nn.Module):
         replay: Replay | None = None,
         temperature: float = 1.0,
         kept: KeptSets | None = None,
+        greedy: bool = False,
     ) -> ForwardOutput:
         """One packed sequence, or the rows of it that `context` describes; all tensors [R] int64 (see
         `data/packing.py`).
@@ -179,6 +184,7 @@ class Transformer(nn.Module):
         attention) or `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under
         no_grad; stats adds the indexer's health sums; mtp False leaves the MTP modules out. Of a sampler: `replay` has
         its choices in the trunk repeated, token_logprobs are at its `temperature` and over the words `kept` of [R].
+        greedy adds the likeliest token of each labelled row (logits of those rows alone are made).
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
@@ -195,6 +201,7 @@ class Transformer(nn.Module):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
             hidden = self._trunk(input_ids, table, request, found, replay)
             token_logprobs = self.lm_head(hidden, labels, temperature, kept) if lm_loss else None
+            likeliest = self._greedy(hidden, labels) if greedy else None
             if with_mtp:
                 mtp_hidden = self._mtp(hidden, next_ids, table, request, found)
                 mtp_logprobs = self.lm_head(mtp_hidden, mtp_labels) if lm_loss else None
@@ -209,7 +216,15 @@ class Transformer(nn.Module):
             {name: torch.stack([index.stats[name] for index in found.kl]) for name in names},
             context.real.sum(),
             {name: torch.stack(rows) for name, rows in found.replay.items() if rows},
+            likeliest,
         )
+
+    def _greedy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        rows = (labels >= 0).nonzero().squeeze(1)
+        found = torch.full_like(labels, -1)
+        for part in rows.split(GREEDY_ROWS):
+            found[part] = self.lm_head(hidden[part]).argmax(-1)
+        return found
 
     def _trunk(
         self,
@@ -268,6 +283,19 @@ class Transformer(nn.Module):
         """Number of the first routed expert that this process holds."""
         held = [module.first for module in self.modules() if isinstance(module, Experts)]
         return held[0] if held else 0
+
+    @contextmanager
+    def selecting(self, topk: int) -> Iterator[None]:
+        """Sparse attention over `topk` tokens instead of the configuration's, for a while."""
+        layers = [module for module in self.modules() if isinstance(module, MLA)]
+        before = [layer.topk for layer in layers]
+        for layer in layers:
+            layer.topk = topk
+        try:
+            yield
+        finally:
+            for layer, held in zip(layers, before, strict=True):
+                layer.topk = held
 
     def indexer_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of every lightning indexer, MTP's included."""

@@ -12,6 +12,7 @@ import json
 import time
 
 from conf.errors import UserError
+from data.long_stream import LongProblems
 from data.stream import TokenStream
 from data.tokenizer import chat_ids
 from model import Transformer
@@ -22,6 +23,7 @@ from rl.rewards.client import open_judge
 from rl.rewards.pool import RewardPool
 from train import distributed
 from train.evaluate import evaluate_losses
+from train.long_tasks import Row, accuracy_row, cells, task_accuracy
 from train.metrics import clean_row
 from train.precision import autocast_dtype
 from train.progress import Progress
@@ -38,11 +40,13 @@ def run(context: RunContext) -> None:
         context.say(f"no accuracy is measured: {error}")
     else:
         row |= accuracy(context, net)
+    tables = long_tasks(context, net)
+    row |= accuracy_row(tables.get("tasks", []))
     context.log(0, row)
     row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
     if context.is_main:
         partial = context.folder / ".evaluation.json"
-        partial.write_text(json.dumps(clean_row(row), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(clean_row(row) | tables, indent=2) + "\n", encoding="utf-8")
         partial.replace(context.folder / "evaluation.json")
 
 
@@ -57,6 +61,19 @@ def held_out_losses(context: RunContext, net: Transformer) -> dict[str, float]:
         found = evaluate_losses(net, stream, count, cp, config.precision.name, progress.update)
     seconds = distributed.max_over_ranks(time.monotonic() - start)
     return found | {"perf/tokens_per_s": count * config.data.seq_len / seconds}
+
+
+def long_tasks(context: RunContext, net: Transformer) -> dict[str, list[Row]]:
+    """`train.long_tasks.task_accuracy` of `eval.tasks`; nothing where none is named."""
+    config, cp = context.config, context.cp
+    if not config.eval.tasks:
+        return {}
+    count = len(cells(config.eval, config.data.seq_len)) * config.eval.problems
+    problems = LongProblems(config.data, context.tokenizer(), config.train.seed, "heldout")
+    with Progress(
+        len(range(cp.replica, count, cp.replicas)), "long-context tasks", context.is_main, unit="problem"
+    ) as progress:
+        return task_accuracy(net, config.eval, problems, cp, config.precision.name, progress.update)
 
 
 def open_heldout(context: RunContext) -> TokenStream:

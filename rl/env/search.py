@@ -4,8 +4,8 @@
     2  Name the river of the seat of the employer of Kadelo.                   three
     3  Name the mayor of the larger of the birthplaces of Kadelo and Sanote.   four: two people, two towns
 
-Each level has one corpus, made from the level alone: people, towns and companies with names of two or three syllables, a
-document each. All of it is always searchable; held out are combinations of entities and relations. Nothing can be
+Each level has one corpus, made from the level alone: people, towns and companies with names of two or three syllables,
+a document each. All of it is always searchable; held out are combinations of entities and relations. Nothing can be
 guessed: the facts are permutations, so every candidate is the answer equally often; a question has no word of its last
 document but those that all documents of the kind share; and no document holds both an entity of the question and its
 answer. The corpus being fixed, a policy that trains for long can learn facts by heart: only held-out questions tell.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import rl.evaluate
 import rl.groups
 import rl.loop
-from conf.schema import DomainConfig, ParallelConfig, PrecisionConfig, RLConfig, RunConfig
+from conf.schema import DomainConfig, EvalConfig, ParallelConfig, PrecisionConfig, RLConfig, RunConfig
 from data.tokenizer import load_tokenizer
 from model import save_pretrained
 from rl.rewards import part_names
@@ -415,8 +415,13 @@ def test_sigterm_saves_and_the_run_goes_on(base: str, tmp_path: Path):
 def test_evaluate_measures_without_training(base: str, tmp_path: Path):
     run = config(tmp_path / "run", base, "evaluate", replace(RL, eval_prompts=20))
     run = replace(run, train=replace(run.train, eval_sequences=3), data=replace(run.data, seq_len=40))
+    run = replace(run, eval=EvalConfig(tasks=("needle",), lengths=(120,), depths=2, problems=3, k_sweep=(2,)))
     assert go(run, 2) == ["finished"] * 2
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    cells = [(each["task"], each["length"], each["depth"], each["n"]) for each in found["tasks"]]
+    assert cells == [("needle", 120, 0.0, 3), ("needle", 120, 1.0, 3)]
+    assert [(each["k"], each["n"]) for each in found["k_sweep"]] == [(2, 6)]
+    assert 0 <= found["tasks/needle/sparse"] <= 1
     (row,) = runs.rows(tmp_path / "run")
     expected = {"loss/lm_dense", "loss/lm_sparse", "indexer/kl_captured", "indexer/mass_recall", "reward/accuracy"}
     expected |= {"indexer/recall_of_oracle", "indexer/layer_01/recall_of_oracle", "rollout/length_mean"}

@@ -1,0 +1,60 @@
+"""The rules of long-context tasks, in training (`data.long_*`) and in evaluation (`eval.*`); see conf/validate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conf.errors import nearest
+from conf.schema import LONG_LEVELS, RunConfig
+
+SHORTEST = 32  # tokens that hold a small problem
+
+
+def known_long_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
+    for key, names in (("data.long_tasks", config.data.long_tasks), ("eval.tasks", config.eval.tasks)):
+        for name in names:
+            task, colon, level = name.partition(":")
+            if task not in LONG_LEVELS:
+                yield f"{key}={name} is not known: {nearest(task, LONG_LEVELS)}"
+                continue
+            known = level.isascii() and level.isdigit() and len(level) <= 2
+            if colon and not (known and 1 <= int(level) <= LONG_LEVELS[task]):
+                yield f"{key}={name} has no such level: give {task}:1 to {task}:{LONG_LEVELS[task]}"
+
+
+def long_mix(config: RunConfig, world_size: int) -> Iterator[str]:
+    data = config.data
+    if data.long_share > 0 and not data.long_tasks:
+        yield f"data.long_share={data.long_share:g} has no tasks: give data.long_tasks=needle,kv or others"
+    if data.long_tasks and data.long_share == 0:
+        yield f"data.long_tasks={','.join(data.long_tasks)} has no share of the tokens: give data.long_share=0.1"
+    if data.source != "synthetic" and data.long_share + data.synthetic_share > 1:
+        yield (
+            f"data.long_share={data.long_share:g} and data.synthetic_share={data.synthetic_share:g} are more than all:"
+            " give less of one"
+        )
+    if data.long_share > 0 and not SHORTEST <= data.long_min <= data.seq_len:
+        yield f"data.long_min={data.long_min} is outside {SHORTEST} to data.seq_len={data.seq_len}: give a value inside"
+    elif data.long_max is not None and not data.long_min <= data.long_max <= data.seq_len:
+        yield (
+            f"data.long_max={data.long_max} is outside data.long_min={data.long_min} to data.seq_len={data.seq_len}:"
+            " give a value inside"
+        )
+
+
+def eval_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
+    longest = config.model.max_position_embeddings
+    for length in config.eval.lengths:
+        if not SHORTEST <= length <= longest:
+            yield (
+                f"eval.lengths={length} is outside {SHORTEST} to model.max_position_embeddings={longest}: give a value"
+                " inside"
+            )
+    lengths = ",".join(map(str, config.eval.lengths))
+    if lengths and not config.eval.tasks:
+        yield f"eval.lengths={lengths} has no tasks to measure: give eval.tasks=needle,kv or others"
+    if len(set(config.eval.lengths)) < len(config.eval.lengths):
+        yield f"eval.lengths={lengths} names a value twice: leave one out"
+
+
+LONG_RULES = (known_long_tasks, long_mix, eval_tasks)

@@ -1,0 +1,47 @@
+"""Key-value recall: a needle among needles of its own form (RULER's multi-key needles).
+
+    amber: green. wolf: icy. ...   ->   amber: | green.
+
+Level 1: names of one word, at most 64 pairs, in half the room that questions leave; the rest is filler. Level 2: names
+of two words, and pairs fill the whole context.
+"""
+
+from __future__ import annotations
+
+from data.tasks.long.long_task import Ask, Fact, LongProblem, LongTask, compose
+from data.tasks.long.needle import draw_code
+from data.tasks.long.vocabulary import NAMES, filler
+
+MOST_PAIRS = 64
+
+
+def build(ask: Ask) -> LongProblem:
+    names: set[str] = set()
+    keys: list[str] = []
+
+    def pair() -> tuple[str, str]:
+        """(name, value) of a name that has none yet."""
+        while (name := " ".join(ask.rng.choice(NAMES) for _ in range(ask.level))) in names:
+            continue
+        names.add(name)
+        key, code = draw_code(ask, name)
+        keys.append(key)
+        return name, code
+
+    asked = []
+    for name, code in (pair() for _ in range(min(ask.questions, MOST_PAIRS))):
+        asked.append((f"\n{name}:", f" {code}.", Fact(_sentence(name, code), ask.place())))
+    facts = [fact for _, _, fact in asked]
+    if ask.level == 1:
+        room = (ask.budget - sum(ask.count(prompt + answer) * 2 for prompt, answer, _ in asked)) // 2
+        while len(facts) < MOST_PAIRS and (room := room - ask.count(_sentence(*(found := pair())))) >= 0:
+            facts.append(Fact(_sentence(*found), ask.rng.random()))
+    others = filler if ask.level == 1 else lambda _: _sentence(*pair())
+    return compose(ask, facts, ask.rng.sample(asked, len(asked)), keys, others)
+
+
+def _sentence(name: str, code: str) -> str:
+    return f" {name}: {code}."
+
+
+KV = LongTask("kv", build)
