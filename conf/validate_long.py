@@ -28,7 +28,7 @@ def long_mix(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"data.long_share={data.long_share:g} has no tasks: give data.long_tasks=needle,kv or others"
     if data.long_tasks and data.long_share == 0:
         yield f"data.long_tasks={','.join(data.long_tasks)} has no share of the tokens: give data.long_share=0.1"
-    if data.source != "synthetic" and data.long_share + data.synthetic_share > 1:
+    if data.source != "synthetic" and data.long_share > 0 and data.long_share + data.synthetic_share > 1:
         yield (
             f"data.long_share={data.long_share:g} and data.synthetic_share={data.synthetic_share:g} are more than all:"
             " give less of one"
