@@ -3,7 +3,7 @@
     python launch/traces.py ENV[:LEVEL] ... [--num 4000] [--seed 0] [--heldout 0.1] [--slips 0.1] [--bare 0.5]
         [--out FILE.jsonl]
 
-ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares. The problems are of the train split
+ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares; twice named, twice the share. The problems are of the train split
 at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one call fails first. Only what the
 verifier accepts is written, a row {"messages", "tools"} a line, the whole file or none. `programs` runs in the sandbox;
 `--sandbox` is rl.tools.sandbox. `--bare`: share of rows without the schemas, which are most of a short trace's tokens:
@@ -133,9 +133,9 @@ async def write_traces(given: argparse.Namespace) -> tuple[int, int, int]:
 async def _one(
     number: int, chosen: Sequence[tuple[Environment, int]], given: argparse.Namespace
 ) -> tuple[EnvProblem, Trace]:
-    """Trace `number`: the environments take turns, each has problems of its own numbering."""
+    """Trace `number`: the environments take turns; one that is named twice has two of them."""
     environment, level = chosen[number % len(chosen)]
-    problem = environment.problem_at(number // len(chosen), "train", given.seed, level, given.heldout)
+    problem = environment.problem_at(number, "train", given.seed, level, given.heldout)
     rng = random.Random(f"slip/{given.seed}/{number}")
     return problem, await play(environment, problem, rng if rng.random() < given.slips else None)
 

@@ -4,11 +4,12 @@
     2  Name the river of the seat of the employer of Kadelo.                   three
     3  Name the mayor of the larger of the birthplaces of Kadelo and Sanote.   four: two people, two towns
 
-Each level has one corpus, made from the level alone: people, towns and companies with names of two or three syllables,
-a document each. All of it is always searchable; held out are combinations of entities and relations. Nothing can be
-guessed: the facts are permutations, so every candidate is the answer equally often; a question has no word of its last
-document but those that all documents of the kind share; and no document holds both an entity of the question and its
-answer. The corpus being fixed, a policy that trains for long can learn facts by heart: only held-out questions tell.
+Each level has WORLDS worlds, made from level and number alone: people, towns and companies with names of two or three
+syllables, a document each. The whole world of a question is always searchable, no other; held out are combinations of
+world, entities and relations. Nothing can be guessed: the facts are permutations, so every candidate is the answer
+equally often; a question has no word of its last document but those that all documents of the kind share; and no
+document holds both an entity of the question and its answer. Nor is there much to learn by heart: the same question has
+another answer in another world.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rl.tools.tool import Tool
 
 NAME_SYLLABLES = {1: 2, 2: 3, 3: 3}  # of a level: a tiny model copies two of them sooner than three
 NUM_PEOPLE, NUM_TOWNS, NUM_COMPANIES = 400, 96, 96
+WORLDS = 16
 FIRST_ID = 100  # three digits for every document
 RELATIONS = {  # kind -> relation -> kind of what it leads to
     "person": {"birthplace": "town", "employer": "company", "teacher": "person"},
@@ -72,10 +74,10 @@ class World:
         return answer in entities or any(self.seen[entity] & self.seen[answer] for entity in entities)
 
 
-@functools.lru_cache(maxsize=4)
-def world_of(level: int) -> World:
-    """The world of a level, always the same."""
-    rng = random.Random(f"search/{level}")
+@functools.lru_cache(maxsize=3 * WORLDS)
+def world_of(level: int, number: int) -> World:
+    """World `number` of a level, always the same."""
+    rng = random.Random(f"search/{level}/{number}")
     spelled = ("".join(parts).capitalize() for parts in itertools.product(SYLLABLES, repeat=NAME_SYLLABLES[level]))
     names = [name for name in spelled if name != "Name"]  # every question begins with it
     found = iter(rng.sample(names, NUM_PEOPLE + 2 * NUM_TOWNS + NUM_COMPANIES))
@@ -117,17 +119,18 @@ def world_of(level: int) -> World:
     return World(kinds, facts, ids, texts, {name: frozenset(titles) for name, titles in seen.items()})
 
 
-@functools.lru_cache(maxsize=4)
-def corpus_of(level: int) -> Any:
-    """The index of a level's documents, made once in a process."""
+@functools.lru_cache(maxsize=3 * WORLDS)
+def corpus_of(level: int, number: int) -> Any:
+    """The index of a world's documents, made once in a process."""
     from rl.tools.search import Corpus, Document
 
-    world = world_of(level)
+    world = world_of(level, number)
     return Corpus([Document(world.ids[name], world.kinds[name], text) for name, text in world.texts.items()])
 
 
 def _make(rng: random.Random, level: int) -> EnvProblem | None:
-    world = world_of(level)
+    number = rng.randrange(WORLDS)
+    world = world_of(level, number)
     pick = ""
     if level < 3:
         starts = [name for name, kind in world.kinds.items() if level > 1 or kind == "person"]
@@ -154,8 +157,8 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
         asked = f"the {path[1]} of the {pick} of the {first}s of {entities[0]} and {entities[1]}"
     if world.guessable(entities, answer):
         return None
-    state = {"level": level, "entities": entities, "path": path, "pick": pick}
-    key = f"search:{level}:{'/'.join([*entities, *path, pick])}"
+    state = {"level": level, "world": number, "entities": entities, "path": path, "pick": pick}
+    key = f"search:{level}:{number}:{'/'.join([*entities, *path, pick])}"
     return EnvProblem(f"Name {asked}.", answer, key, json.dumps(state))
 
 
@@ -183,7 +186,8 @@ class SearchEnvironment(Environment):
     def tools(self, problem: EnvProblem) -> list[Tool]:
         from rl.tools.search import Open, Search
 
-        corpus = corpus_of(json.loads(problem.state)["level"])
+        asked = json.loads(problem.state)
+        corpus = corpus_of(asked["level"], asked["world"])
         return [Search(corpus, num_results=1), Open(corpus)]
 
     async def verify(self, problem: EnvProblem, answer: str, tools: Sequence[Tool]) -> float:
@@ -195,7 +199,7 @@ class SearchEnvironment(Environment):
         what that says. Without a document: no answer."""
         rng = random.Random(problem.prompt)
         asked = json.loads(problem.state)
-        world = world_of(asked["level"])
+        world = world_of(asked["level"], asked["world"])
         current, path = list(asked["entities"]), list(asked["path"])
         thought = rng.choice(STARTS).format(" and ".join(current))
         for hop, relation in enumerate(path):

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import re
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from rl.env.environment import EnvProblem
 from rl.env.registry import ENVIRONMENTS
-from rl.env.search import COMPARED, WRITTEN, world_of
+from rl.env.search import COMPARED, WORLDS, WRITTEN, World, world_of
 from tests.rl.env.test_environments import problems
 
 LEVELS = [1, 2, 3]
 SEARCH = ENVIRONMENTS["search"]
 
 
-def documents(level: int) -> dict[str, str]:
-    return world_of(level).texts
+def world_of_problem(problem: EnvProblem) -> World:
+    asked = json.loads(problem.state)
+    return world_of(asked["level"], asked["world"])
 
 
 def stated(texts: dict[str, str], entity: str, relation: str) -> str:
@@ -29,10 +33,10 @@ def stated(texts: dict[str, str], entity: str, relation: str) -> str:
     return found[1]
 
 
-def by_reading(level: int, prompt: str) -> tuple[str, list[str]]:
+def by_reading(level: int, problem: EnvProblem) -> tuple[str, list[str]]:
     """(the answer, the documents read) from the question's words and the documents."""
-    texts = documents(level)
-    words = prompt.removeprefix("Name ").removesuffix(".").replace("the ", "").split(" of ")
+    texts = world_of_problem(problem).texts
+    words = problem.prompt.removeprefix("Name ").removesuffix(".").replace("the ", "").split(" of ")
     if level < 3:
         *relations, current = words
         read = []
@@ -52,7 +56,7 @@ def by_reading(level: int, prompt: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_answer_follows_from_as_many_documents_as_the_level_asks_for(level: int) -> None:
     for problem in problems("search", level, 200):
-        answer, read = by_reading(level, problem.prompt)
+        answer, read = by_reading(level, problem)
         assert answer == problem.answer
         assert len(read) == {1: 2, 2: 3, 3: 4}[level]
 
@@ -60,21 +64,31 @@ def test_the_answer_follows_from_as_many_documents_as_the_level_asks_for(level: 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_document_holds_the_question_and_its_answer(level: int) -> None:
     for problem in problems("search", level, 200):
-        entities = [word for word in re.findall(r"\w+", problem.prompt) if word in documents(level)]
+        texts = world_of_problem(problem).texts
+        entities = [word for word in re.findall(r"\w+", problem.prompt) if word in texts]
         assert len(entities) == (2 if level == 3 else 1)
-        for title, text in documents(level).items():
+        for title, text in texts.items():
             words = set(re.findall(r"\w+", text)) | {title}
             assert not (problem.answer in words and words & set(entities)), problem.prompt
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_documents_are_short_alike_and_all_there_for_held_out_questions(level: int) -> None:
-    texts = documents(level)
-    assert len(texts) == 592 and {text.count(".") for text in texts.values()} == {3}
-    assert max(len(text) for text in texts.values()) < 160
     for problem in problems("search", level, 50, "heldout"):
-        assert set(by_reading(level, problem.prompt)[1]) <= set(texts)
-    assert documents(1) != documents(2)
+        texts = world_of_problem(problem).texts
+        assert len(texts) == 592 and {text.count(".") for text in texts.values()} == {3}
+        assert max(len(text) for text in texts.values()) < 160
+        assert set(by_reading(level, problem)[1]) <= set(texts)
+    worlds = [world_of(level, number).texts for level in LEVELS for number in range(WORLDS)]
+    assert all(a != b for a, b in itertools.combinations(worlds, 2))
+
+
+def test_the_same_question_has_another_answer_in_another_world() -> None:
+    found: dict[str, set[str]] = {}
+    for problem in problems("search", 1, 3000):
+        found.setdefault(problem.prompt, set()).add(problem.answer)
+    several = [answers for answers in found.values() if len(answers) > 1]
+    assert len(several) > 500
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -97,14 +111,13 @@ def test_a_guess_is_hardly_ever_right(level: int) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_searching_the_question_finds_its_last_document_no_more_often_than_chance(level: int) -> None:
     """Chance: ten of the documents of its kind; the question's words tell the kind, and no more."""
-    tools: dict[str, Any] = {tool.name: tool for tool in SEARCH.tools(problems("search", level, 1)[0])}
-    world = world_of(level)
 
     async def hits(num: int) -> tuple[float, float]:
         found = expected = 0.0
         for problem in problems("search", level, num, seed=5):
-            read = by_reading(level, problem.prompt)[1]
-            last = next(title for title in reversed(read) if problem.answer in documents(level)[title])
+            tools: dict[str, Any] = {tool.name: tool for tool in SEARCH.tools(problem)}
+            world, read = world_of_problem(problem), by_reading(level, problem)[1]
+            last = next(title for title in reversed(read) if problem.answer in world.texts[title])
             page = await tools["search"].call(query=problem.prompt, num_results=10)
             found += f"[{world.ids[last]}]" in page
             expected += 10 / Counter(world.kinds.values())[world.kinds[last]]
