@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def cpu_prefill(net: Transformer, kind: str, lengths: Sequence[int]) -> list[dic
     whole = {}
     for length in lengths:
         ids = torch.randint(2, net.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        whole[length] = least_cpu_seconds(lambda ids=ids: net.logits(ids, attention=kind), 1 if length > 4096 else 3)
+        whole[length] = least_cpu_seconds(partial(net.logits, ids, attention=kind), 1 if length > 4096 else 3)
     pairs = zip(lengths, lengths[1:], strict=False)
     return [{"position": (a + b) / 2, "us": (whole[b] - whole[a]) / (b - a) * 1e6} for a, b in pairs]
 
@@ -169,7 +170,7 @@ def cpu_decode(net: Transformer, kind: str, lengths: Sequence[int]) -> list[dict
     ids, rows = torch.full((BATCH, 1), 2), []
     for length in lengths:
         at = torch.full((BATCH, 1), length)
-        rows.append({"position": length, "us": least_cpu_seconds(lambda at=at: decoder.hidden(ids, at), REPEATS)})
+        rows.append({"position": length, "us": least_cpu_seconds(partial(decoder.hidden, ids, at), REPEATS)})
     return [row | {"us": row["us"] / BATCH * 1e6} for row in rows]
 
 

@@ -43,12 +43,14 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def paired(control: Sequence[float], sparse: Sequence[float]) -> dict[str, Any]:
-    """Difference seed by seed: mean, `low` and `high` of its 95% interval (None for a single seed), values."""
+    """Difference seed by seed: mean, `low` and `high` of its 95% interval (None for a single seed), `relative` to the
+    control's mean (None where that is 0), values."""
     values = [b - a for a, b in zip(control, sparse, strict=True)]
     middle, deviation = mean(values), spread(values)
     half = None if deviation is None else t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     low, high = (None, None) if half is None else (middle - half, middle + half)
-    return {"mean": middle, "low": low, "high": high, "values": values}
+    relative = middle / abs(mean(control)) if mean(control) else None
+    return {"mean": middle, "low": low, "high": high, "relative": relative, "values": values}
 
 
 def verdict(metric: str, difference: Mapping[str, Any]) -> str:
@@ -119,7 +121,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         sides.append(f"{side['mean']:.4f}" + ("" if side["sd"] is None else f" ± {side['sd']:.4f}"))
     difference = row["difference"]
     interval = "-" if difference["low"] is None else f"{difference['low']:+.4f} to {difference['high']:+.4f}"
-    return [row["metric"], *sides, f"{difference['mean']:+.4f}", interval, row["verdict"]]
+    relative = "" if difference["relative"] is None else f" ({difference['relative']:+.2%})"
+    return [row["metric"], *sides, f"{difference['mean']:+.4f}{relative}", interval, row["verdict"]]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -126,11 +126,13 @@ def execute(runs: Sequence[Run], state: State) -> int:
             if state.done(run):
                 print(f"{label} finished before", flush=True)
                 continue
-            before = state.stages[run.name]
+            if runner.stopped is not None:
+                return runner.stopped
+            before, started = state.stages[run.name], time.time()
             print(f"\n{label} {before['command']}", flush=True)
             state.set(run.name, status="running", exit_code=None)
             ended = runner.run(run.arguments, run.ranks)
-            status, code = outcome(run, ended.status, runner.stopped)
+            status, code = outcome(run, ended.status, runner.stopped, started)
             state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 1))
             so_far = duration(time.monotonic() - began)
             if status == "done":
@@ -148,16 +150,17 @@ def execute(runs: Sequence[Run], state: State) -> int:
     return 0
 
 
-def outcome(run: Run, code: int, stopped: int | None) -> tuple[str, int]:
-    """(status, exit code) of a run that ended. torchrun says 1 for any status of its ranks: the folder tells a run that
-    saved and stopped from one that failed."""
+def outcome(run: Run, code: int, stopped: int | None, started: float) -> tuple[str, int]:
+    """(status, exit code) of a run that ended. torchrun says 1 for any status of its ranks: what they left since
+    `started` (seconds since the epoch) tells a run that saved and stopped from one that failed."""
     if code == 0:
         return ("done", 0) if finished(run.folder) else ("failed", 1)
-    if code == PREEMPTED_STATUS or stopped is not None or (run.folder / "preempted").is_file():
+    saved = run.folder / "preempted"
+    if stopped is not None or code == PREEMPTED_STATUS or saved.is_file() and saved.stat().st_mtime >= started:
         return "preempted", stopped or PREEMPTED_STATUS
-    mistake = run.folder / "error.txt"
-    one_line = mistake.is_file() and len(mistake.read_text(encoding="utf-8").splitlines()) == 1
-    return "failed", 2 if code == 1 and run.ranks > 1 and one_line else code
+    reason = run.folder / "error.txt"
+    mistake = reason.is_file() and len(reason.read_text(encoding="utf-8").splitlines()) == 1
+    return "failed", 2 if run.ranks > 1 and mistake else code
 
 
 def stamp(folder: Path) -> float:

@@ -25,6 +25,7 @@ def test_a_paired_difference_worked_out_by_hand() -> None:
     found = paired([1.0, 2.0, 5.0], [1.1, 2.2, 5.3])
     assert found["values"] == pytest.approx([0.1, 0.2, 0.3])
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.2, -0.04842, 0.44842), abs=1e-5)
+    assert found["relative"] == pytest.approx(0.2 / (8 / 3)) and paired([0.0], [1.0])["relative"] is None
 
 
 def test_what_both_runs_of_a_seed_share_drops_out() -> None:
@@ -95,7 +96,7 @@ def test_files_hold_the_rows_and_the_page_escapes_nothing_less(tmp_path: Path) -
     assert lm["metric"] == "loss/lm" and lm["control"]["mean"] == pytest.approx(2.5)
     assert lm["control"]["sd"] == pytest.approx(0.5) and lm["difference"]["mean"] == pytest.approx(0.02)
     line = next(line for line in shown.splitlines() if line.startswith("loss/lm "))
-    assert line.split() == "loss/lm 2.5000 ± 0.5000 2.5200 ± 0.5100 +0.0200 -0.0048 to +0.0448 within noise".split()
+    assert line.split() == "loss/lm 2.5000 ± 0.5000 2.5200 ± 0.5100 +0.0200 (+0.80%) -0.0048 to +0.0448 within noise".split()
     assert f"| {' | '.join(cells(lm))} |" in (tmp_path / "parity.md").read_text()
     page = (tmp_path / "parity.html").read_text()
     assert "within noise" in page and "default-src 'none'" in page

@@ -261,6 +261,19 @@ def test_parity_names_two_evaluations_with_the_same_seeds(tmp_path: Path) -> Non
             recipe.plan(found, Path("out"))
 
 
+def test_how_a_run_ended_is_read_from_its_folder_under_torchrun(tmp_path: Path) -> None:
+    one, two = (recipe.Run("a", "a", "pretrain", tmp_path, ranks) for ranks in (1, 2))
+    assert pipeline.outcome(one, 0, None, 0.0) == ("failed", 1), "it said 0 and left nothing"
+    (tmp_path / "error.txt").write_text("Traceback\n  in x\n")
+    assert pipeline.outcome(two, 1, None, 0.0) == ("failed", 1)
+    (tmp_path / "error.txt").write_text("optim.lr=0: give more\n")
+    assert pipeline.outcome(two, 1, None, 0.0) == ("failed", 2)
+    (tmp_path / "preempted").touch()
+    assert pipeline.outcome(two, 1, None, 0.0) == ("preempted", 143)
+    assert pipeline.outcome(two, 1, None, time.time() + 9) == ("failed", 2), "an earlier attempt left it"
+    assert pipeline.outcome(two, 1, 130, time.time() + 9) == ("preempted", 130)
+
+
 def test_sigterm_reaches_the_stage_which_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     tiny = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.vocab_size=256", "train.save_every=2"]
     stages = [{"name": "base", "stage": "pretrain", "overrides": [*tiny, "train.steps=60", "train.log_every=1"]}]
