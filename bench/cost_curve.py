@@ -197,15 +197,16 @@ def verdict(found: dict[str, Any]) -> list[str]:
         saved = [1 - case[phase]["ratio"] for case in cases]
         spans.append(f"{1 - stated[phase]['ratio']:.0%} in {phase} ({min(saved):.0%} to {max(saved):.0%})")
     real = found["observed"]
-    beyond = " and ".join(f"{real[phase]['observed'] / real[phase]['predicted']:.1f}x in {phase}" for phase in PHASES)
+    times = {phase: real[phase]["observed"] / real[phase]["predicted"] for phase in PHASES}
     return [
-        f"Predicted at 128K, sparse saves {' and '.join(spans)}; in brackets with other assumptions.",
+        f"Predicted at 128K, sparse saves {' and '.join(spans)}; in brackets: under other assumptions.",
         f"It saves half from position {half['prefill']:,} on in prefill and {half['decode']:,} in decode, and nothing"
         f" below {even['prefill']:,} and {even['decode']:,}.",
         "DeepSeek's claim is a price: input $0.56 to $0.28 and output $1.68 to $0.42 a million tokens, 50% and 75% less"
         " whatever the length. At 128K the cost falls by more, in the short requests of most traffic by less.",
-        f"Its service at a mean context of 5K was {beyond} dearer than this roofline, so absolute dollars are a floor;"
-        " ratios at long context stand on the attention's own FLOPs and bytes.",
+        f"At a mean context of 5K its service cost {times['prefill']:.1f} times this roofline in prefill and"
+        f" {times['decode']:.1f} times in decode: dollars here are a floor. Ratios at long context stand on the"
+        " attention's own FLOPs and bytes.",
         "The report's figure 3 is a drawing without numbers and was not read off here.",
     ]
 

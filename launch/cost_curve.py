@@ -36,6 +36,7 @@ PARTS = {  # of a token: name, colour of the bars
 CSS = """
 .grid-of { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .bar { fill: currentColor; }
+tbody th { white-space: normal; min-width: 220px; }
 ul.verdict { margin: 14px 0 0; padding-left: 20px; max-width: 80ch; }
 """
 

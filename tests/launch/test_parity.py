@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from launch.parity import cells, compare, compared, numbers, paired, read_pairs, t_quantile, verdict, write_parity
+from conf.load import load, save_yaml
+from launch.parity import (
+    by_position,
+    cells,
+    compare,
+    compared,
+    numbers,
+    paired,
+    read_pairs,
+    t_quantile,
+    verdict,
+    write_parity,
+)
 from launch.recipe import Parity, Run
 
 
@@ -76,12 +88,23 @@ def test_numbers_are_found_at_any_depth_and_nothing_else() -> None:
     assert numbers(given) == {"a": 1.0, "b/c": 2.5}
 
 
-def evaluations(folder: Path, missing: tuple[str, ...] = ()) -> list[Run]:
+def test_losses_by_position_are_compared_bucket_by_bucket() -> None:
+    def rows(*ends: int) -> dict:
+        return {"loss_by_position": [{"from": 1, "to": end, "dense": 1.0 + end, "sparse": 2.0 + end} for end in ends]}
+
+    assert by_position(rows(16, 64), rows(16, 32)) == {"loss/lm, 1 to 16 tokens of context": (17.0, 18.0)}
+    (row,) = compare({1: (rows(16), rows(16)), 2: (rows(16), rows(16))})
+    assert row["difference"]["mean"] == 1.0 and row["verdict"] == "DSA worse"
+
+
+def evaluations(folder: Path, missing: tuple[str, ...] = (), topk: int = 512) -> list[Run]:
     runs = []
+    config = load(["+stage=evaluate", f"model.index_topk={topk}", "data.seq_len=512"]).config
     for seed, shared in ((1, 0.0), (2, 0.5), (3, 1.0)):
         for step, extra in (("dense_eval", 0.0), ("dsa_eval", 0.01 * seed)):
             run = Run(f"{step}_seed{seed}", step, "evaluate", folder / f"{step}_seed{seed}", 1, seed)
             run.folder.mkdir()
+            save_yaml(config, run.folder / "config.yaml")
             row = {"loss/lm_dense": 2.0 + shared, "loss/lm_sparse": 2.0 + shared + extra, "reward/accuracy": 0.5}
             (run.folder / "evaluation.json").write_text(json.dumps({k: v for k, v in row.items() if k not in missing}))
             runs.append(run)
@@ -96,10 +119,19 @@ def test_files_hold_the_rows_and_the_page_escapes_nothing_less(tmp_path: Path) -
     assert lm["metric"] == "loss/lm" and lm["control"]["mean"] == pytest.approx(2.5)
     assert lm["control"]["sd"] == pytest.approx(0.5) and lm["difference"]["mean"] == pytest.approx(0.02)
     line = next(line for line in shown.splitlines() if line.startswith("loss/lm "))
-    assert line.split() == "loss/lm 2.5000 ± 0.5000 2.5200 ± 0.5100 +0.0200 (+0.80%) -0.0048 to +0.0448 within noise".split()
+    assert (
+        line.split()
+        == "loss/lm 2.5000 ± 0.5000 2.5200 ± 0.5100 +0.0200 (+0.80%) -0.0048 to +0.0448 within noise".split()
+    )
     assert f"| {' | '.join(cells(lm))} |" in (tmp_path / "parity.md").read_text()
     page = (tmp_path / "parity.html").read_text()
     assert "within noise" in page and "default-src 'none'" in page
+
+
+def test_accuracies_of_a_control_that_answered_through_its_untrained_indexer_are_left_out(tmp_path: Path) -> None:
+    shown = write_parity(Parity("dense_eval", "dsa_eval"), evaluations(tmp_path, topk=64), tmp_path)
+    assert "accuracy " not in shown and "the control answered with 64 keys of an untrained indexer" in shown
+    assert "loss/lm " in shown
 
 
 def test_a_metric_that_a_seed_lacks_is_left_out_and_none_at_all_is_told(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if (out.parent / f"break_{out.name}").exists():
     sys.exit(2)
 mark = out / ("evaluation.json" if given["stage"] == "evaluate" else "hf/config.json")
 loss = 2.0 + 0.1 * int(given.get("init_from", "0")[-1].replace("e", "0"))
+(out / "config.yaml").write_text("stage: evaluate\\noutput_dir: x\\n")
 mark.write_text(json.dumps({"loss/lm_dense": loss, "loss/lm_sparse": loss + 0.01}))
 """
 SMALL = [
