@@ -63,12 +63,8 @@ def moe_weights(model: ModelConfig) -> int:
 
 def expert_weights(model: ModelConfig) -> tuple[int, int]:
     """Of the routed experts of all main layers: those that a token meets, and all that there are."""
-    one = (
-        3
-        * model.hidden_size
-        * model.moe_intermediate_size
-        * max(0, model.num_hidden_layers - model.first_k_dense_replace)
-    )
+    layers = max(0, model.num_hidden_layers - model.first_k_dense_replace)
+    one = 3 * model.hidden_size * model.moe_intermediate_size * layers
     return one * model.num_experts_per_tok, one * model.n_routed_experts
 
 
