@@ -4,12 +4,14 @@ import sys
 
 import bench.ablation  # noqa: F401  (each registers itself)
 import bench.cost  # noqa: F401
+import bench.cost_curve  # noqa: F401
 import bench.domains  # noqa: F401
 import bench.fp8  # noqa: F401
 import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
 import bench.memory  # noqa: F401
 import bench.oracle  # noqa: F401
+import bench.parity  # noqa: F401
 import bench.rollout  # noqa: F401
 import bench.sandbox  # noqa: F401
 import bench.save  # noqa: F401

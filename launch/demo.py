@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launch.report import write_report  # noqa: E402  (needs the path above when run from a bare checkout)
+from launch.runner import Runner  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -116,18 +115,14 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
 
 
 def run(name: str, arguments: str, ranks: int) -> None:
-    """Runs one stage under torchrun; its failure ends the demo with its own status."""
-    line = f"torchrun --standalone --nproc-per-node {ranks} launch/stage.py {arguments}"
-    print(f"\n[{name}] {line}", flush=True)
-    start = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
-    threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would set 1 and say so at length
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "CUDA_VISIBLE_DEVICES": ""}  # CPU, as promised
-    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if status != 0:
-        print(f"demo: stage {name} ended with status {status}; the command above repeats it", file=sys.stderr)
-        raise SystemExit(status)
-    print(f"[{name}] {time.monotonic() - start:.0f} s", flush=True)
+    """Runs one stage; its failure ends the demo with its own status."""
+    print(f"\n[{name}] torchrun --standalone --nproc-per-node {ranks} launch/stage.py {arguments}", flush=True)
+    with Runner() as runner:
+        ended = runner.run(shlex.split(arguments), ranks, {"CUDA_VISIBLE_DEVICES": ""}, ROOT)  # CPU, as promised
+    if ended.status != 0:
+        print(f"demo: stage {name} ended with status {ended.status}; the command above repeats it", file=sys.stderr)
+        raise SystemExit(ended.status)
+    print(f"[{name}] {ended.seconds:.0f} s", flush=True)
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

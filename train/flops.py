@@ -61,6 +61,13 @@ def moe_weights(model: ModelConfig) -> int:
     return 3 * model.hidden_size * model.moe_intermediate_size * active + model.hidden_size * model.n_routed_experts
 
 
+def expert_weights(model: ModelConfig) -> tuple[int, int]:
+    """Of the routed experts of all main layers: those that a token meets, and all that there are."""
+    layers = max(0, model.num_hidden_layers - model.first_k_dense_replace)
+    one = 3 * model.hidden_size * model.moe_intermediate_size * layers
+    return one * model.num_experts_per_tok, one * model.n_routed_experts
+
+
 def layer_weights(model: ModelConfig) -> int:
     """Of all main layers, indexers left out."""
     first = min(model.first_k_dense_replace, model.num_hidden_layers)

@@ -1,0 +1,217 @@
+"""Stages strung together by a recipe, resumable: the whole way, or an ablation, in one command.
+
+    python launch/pipeline.py RECIPE [--dir DIR] [--ranks N] [--only NAME] [--list] [key=value ...]
+
+RECIPE is a YAML file or the name of one under conf/recipes (launch/recipe.py says what it holds; docs/pipeline.md).
+Settings on the command line go to every stage, `init_from` to those that start from no other. Each stage is an ordinary
+command line, echoed so that it can be copied, and writes to DIR/NAME; DIR/pipeline.json says how far all have come.
+Started again, the same command skips what is finished and goes on with the rest. SIGTERM and Ctrl-C reach the running
+stage, which saves first.
+
+Exit status: 0 all finished, 2 the user's mistake (told before anything runs), 143 stopped and saved, else the status of
+the stage that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from conf.errors import UserError, nearest  # noqa: E402  (needs the path above when run from a bare checkout)
+from launch.recipe import Recipe, Run, find_recipe, plan, read_recipe  # noqa: E402
+from launch.runner import PREEMPTED_STATUS, Runner  # noqa: E402
+
+FINISHED = ("hf/config.json", "evaluation.json")  # what a finished run leaves, written whole
+STATE = "pipeline.json"
+
+
+class State:
+    """DIR/pipeline.json: of each run its status (waiting, running, done, failed, preempted), command, seconds over all
+    attempts, exit code, and when the run that it started from was written. Replaced whole after every change."""
+
+    def __init__(self, folder: Path, recipe: Path, runs: Sequence[Run], entry: str) -> None:
+        self.path, self.recipe = folder / STATE, str(recipe)
+        before = self._read()
+        self.stages: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            entered = before.get(run.name, {"status": "waiting", "seconds": 0.0, "exit_code": None})
+            command = run.command(entry)
+            if entered["status"] == "running":  # the pipeline itself was killed
+                entered["status"] = "failed"
+            if entered.get("command", command) != command:  # the stage itself says what may differ
+                entered["status"] = "waiting"
+            self.stages[run.name] = entered | {"command": command}
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            stages: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} cannot be read ({error}): remove it, what is finished stays so") from error
+        return stages
+
+    def set(self, name: str, **changes: Any) -> None:
+        self.stages[name] |= changes
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{STATE}")
+        text = json.dumps({"recipe": self.recipe, "stages": self.stages}, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+    def done(self, run: Run) -> bool:
+        """Whether it need not be started: it finished by this very command and its results are there."""
+        return bool(self.stages[run.name]["status"] == "done") and finished(run.folder)
+
+    def stale(self, run: Run) -> bool:
+        """Whether it is done and what it started from is not there any more, or was written anew since."""
+        if run.start is None or not self.done(run):
+            return False
+        start = run.folder.parent / run.start
+        return not finished(start) or stamp(start) != self.stages[run.name].get("start_written")
+
+
+def refuse_stale(runs: Sequence[Run], state: State) -> None:
+    """UserError with a line for every run that is."""
+    wrong = [
+        f"{run.name} was made from an earlier {run.start}: remove {run.folder} to make it anew, or give another --dir"
+        for run in runs
+        if state.stale(run)
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def finished(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in FINISHED)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
+    """The runs that `--only` names, by stage or by run; all where it names none."""
+    names = {run.name for run in runs} | {run.step for run in runs}
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name}: this recipe has no such stage: {nearest(name, sorted(names))}")
+    chosen = [run for run in runs if not only or run.name in only or run.step in only]
+    folders = {run.name: run.folder for run in runs}
+    made = {run.name for run in chosen}
+    for run in chosen:
+        if run.start is not None and run.start not in made and not finished(folders[run.start]):
+            raise UserError(f"--only {run.step}: it starts from {run.start}, which has not finished: run that first")
+    return chosen
+
+
+def execute(runs: Sequence[Run], state: State) -> int:
+    """Runs one after another and stops at the first that does not finish -> exit status."""
+    began = time.monotonic()
+    with Runner() as runner:
+        for i, run in enumerate(runs, 1):
+            label = f"[{i}/{len(runs)} {run.name}]"
+            refuse_stale([run], state)  # what it starts from may have been trained on just now
+            if state.done(run):
+                print(f"{label} finished before", flush=True)
+                continue
+            if runner.stopped is not None:
+                return runner.stopped
+            before, started = state.stages[run.name], time.time()
+            print(f"\n{label} {before['command']}", flush=True)
+            state.set(run.name, status="running", exit_code=None)
+            ended = runner.run(run.arguments, run.ranks)
+            status, code = outcome(run, ended.status, runner.stopped, started)
+            state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 1))
+            so_far = duration(time.monotonic() - began)
+            if status == "done":
+                start = None if run.start is None else stamp(run.folder.parent / run.start)
+                state.set(run.name, start_written=start)
+                print(f"{label} done in {duration(ended.seconds)}, {so_far} so far", flush=True)
+                continue
+            next_step = "the same command goes on" if status == "preempted" else "mend it and start the same command"
+            print(
+                f"pipeline: {run.name} {status} after {duration(ended.seconds)} (exit status {code}): {next_step}",
+                file=sys.stderr,
+            )
+            return code
+    print(f"\n{len(runs)} stages finished, {duration(time.monotonic() - began)}", flush=True)
+    return 0
+
+
+def outcome(run: Run, code: int, stopped: int | None, started: float) -> tuple[str, int]:
+    """(status, exit code) of a run that ended. torchrun says 1 for any status of its ranks: what they left since
+    `started` (seconds since the epoch) tells a run that saved and stopped from one that failed."""
+    if code == 0:
+        return ("done", 0) if finished(run.folder) else ("failed", 1)
+    saved = run.folder / "preempted"
+    if stopped is not None or code == PREEMPTED_STATUS or saved.is_file() and saved.stat().st_mtime >= started:
+        return "preempted", stopped or PREEMPTED_STATUS
+    reason = run.folder / "error.txt"
+    mistake = reason.is_file() and len(reason.read_text(encoding="utf-8").splitlines()) == 1
+    return "failed", 2 if run.ranks > 1 and mistake else code
+
+
+def stamp(folder: Path) -> float:
+    """When the run's result was written (seconds since the epoch): a run made anew has another."""
+    return next((folder / mark).stat().st_mtime for mark in FINISHED if (folder / mark).is_file())
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, or the name of one under conf/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every stage")
+    parser.add_argument("--dir", type=Path, default=None, help="folder of the runs (runs/NAME of the recipe)")
+    parser.add_argument("--ranks", type=int, default=None, help="processes of every stage, whatever the recipe says")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this stage alone; may be repeated")
+    parser.add_argument("--list", action="store_true", help="check everything, print the commands and run nothing")
+    options = parser.parse_intermixed_args(argv)
+    if options.ranks is not None and options.ranks < 1:
+        parser.error(f"--ranks {options.ranks}: give a number from 1")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises UserError before anything runs."""
+    path = find_recipe(options.recipe)
+    recipe: Recipe = read_recipe(path)
+    out = options.dir or Path("runs") / path.stem
+    runs = plan(recipe, out, options.overrides, options.ranks)
+    chosen = select(runs, options.only)
+    entry = os.path.relpath(ROOT / "launch" / "stage.py")
+    if options.list:
+        for each in chosen:
+            print(f"[{each.name}] {each.command(entry)}")
+        return 0
+    print(f"{path}: {len(chosen)} stages into {out}{f' ({recipe.title})' if recipe.title else ''}", flush=True)
+    state = State(out, path, runs, entry)
+    refuse_stale(chosen, state)
+    status = execute(chosen, state)
+    if status == 0 and recipe.parity is not None and not options.only:
+        from launch.parity import write_parity
+
+        print(f"\n{write_parity(recipe.parity, runs, out)}", flush=True)
+    return status
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        return run(parse(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
