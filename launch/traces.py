@@ -4,10 +4,11 @@
         [--out FILE.jsonl]
 
 ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares; twice named, twice the share. The
-problems are of the train split at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one call fails first. Only what the
-verifier accepts is written, a row {"messages", "tools"} a line, the whole file or none. `programs` runs in the sandbox;
-`--sandbox` is rl.tools.sandbox. `--bare`: share of rows without the schemas, which are most of a short trace's tokens:
-for a first phase, in which a small model learns calls and results as such. Exit status: 0 done, 2 the user's mistake.
+problems are of the train split at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one
+call fails first. Only what the verifier accepts is written, a row {"messages", "tools"} a line, the whole file or none.
+`programs` runs in the sandbox; `--sandbox` is rl.tools.sandbox. `--bare`: share of rows without the schemas, which are
+most of a short trace's tokens: for a first phase, in which a small model learns calls and results as such. Exit status:
+0 done, 2 the user's mistake.
 """
 
 from __future__ import annotations
