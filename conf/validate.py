@@ -79,7 +79,7 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "data.worked_share": "[0, 1]",
     "data.long_share": "[0, 1]",
     "data.max_split": "[0, 1]",
-    "data.dedup": "(0, 1]",
+    "data.dedup": "(0, 0.99]",
     "train.balance_weight": "[0, inf)",
     "train.spike_factor": "(1, inf)",
     "optim.lr": "(0, inf)",

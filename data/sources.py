@@ -268,7 +268,7 @@ def fingerprint(cfg: DataConfig) -> str:
     if cfg.source == "hf" and cfg.streaming and not _is_saved(cfg.path or ""):
         builder, files = _hf_builder(cfg), []
         found = builder.config.data_files or {}
-        extra = [builder.hash, {name: [list(listed), listed.origin_metadata] for name, listed in found.items()}]
+        extra = [builder.hash, {str(name): [list(listed), listed.origin_metadata] for name, listed in found.items()}]
     elif cfg.source == "hf":
         dataset = load_hf(cfg)
         files = sorted(Path(entry["filename"]) for entry in dataset.cache_files)
