@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 16  # workers that data.workers=0 starts; past that the reader cannot keep up
 FEW = 4  # batches that are done before any process is started
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+QUIET = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)

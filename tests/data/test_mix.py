@@ -27,7 +27,7 @@ from data.stream import TEXTS, TokenStream, turns
 def folder(tmp_path: Path) -> Path:
     """Rows of three letters: short a, short b, and c of 60 or 300 characters."""
     for letter in "abc":
-        lengths = [300 if letter == "c" and n % 3 == 0 else 20 + n for n in range(40)]
+        lengths = [300 + n if letter == "c" and n % 3 == 0 else 20 + n for n in range(40)]
         rows = [json.dumps({"text": letter * length}) for length in lengths]
         (tmp_path / f"{letter}.jsonl").write_text("\n".join(rows))
     return tmp_path
@@ -76,24 +76,24 @@ def test_a_path_taken_twice_has_a_weight_for_each_range_of_lengths(folder: Path,
         counts[source] += 1
         assert torch.equal(stream.sequence(index).input_ids, alone[source - TEXTS].sequence(number).input_ids)
     assert counts == {TEXTS: 40, TEXTS + 1: 10}
-    with pytest.raises(UserError, match="data.mix.far leaves none of .* documents, which have 2. to 302 tokens"):
+    with pytest.raises(UserError, match="data.mix.far leaves none of .* documents, which have 2. to 3.. tokens"):
         TokenStream(mixed(folder, far=part(folder, "c", min_tokens=999)), byte_tokenizer, 0)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_long_documents_occur_more_often_in_training_alone(folder: Path, byte_tokenizer, packing: str) -> None:
-    cfg = DataConfig(source="files", path=str(folder / "c.jsonl"), seq_len=512, heldout=0.3, packing=packing)
+    cfg = DataConfig(source="files", path=str(folder / "c.jsonl"), seq_len=512, heldout=0.5, packing=packing)
     often = replace(cfg, long_documents=LongDocumentsConfig(tokens=200, times=3))
 
     for split, times in (("train", 3), ("heldout", 1)):
         plain, more = (TokenStream(one, byte_tokenizer, 0, split).texts[0] for one in (cfg, often))
         lengths = np.diff(plain.corpus.offsets)
         seen: Counter[int] = Counter()
-        for number in range(2 * int(lengths.sum()) // 512 + 40):  # two epochs and more, where none is added
+        for number in range(int(20 * more.layout.figures().sequences)):
             seen.update(span.document for span in more.layout.spans(number) if span.start == 0)
         long, short = (sum(seen[int(n)] for n in np.flatnonzero(which)) for which in (lengths >= 200, lengths < 200))
         each = long / (lengths >= 200).sum(), short / (lengths < 200).sum()
-        assert each[0] / each[1] == pytest.approx(times, rel=0.15), split
+        assert each[0] / each[1] == pytest.approx(times, rel=0.05), split
 
 
 def test_a_mix_with_problems_resumes_anywhere_on_any_layout(folder: Path, byte_tokenizer, tmp_path: Path) -> None:
