@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import zlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from conf.errors import UserError
 from data.overlap import run_hashes, words
-
-if TYPE_CHECKING:
-    from datasketch import MinHash
 
 NUM_HASHES, SHINGLE = 128, 5
 WEIGHTS = (0.1, 0.9)  # of false and of missed candidates: a false one is compared and let go
@@ -25,7 +22,7 @@ SCHEME, SEED = "affine32", 1
 
 
 @lru_cache(maxsize=1)
-def _empty() -> MinHash:
+def _empty() -> Any:
     from datasketch import MinHash
 
     return MinHash(NUM_HASHES, seed=SEED, hashfunc=int, scheme=SCHEME)
