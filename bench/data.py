@@ -31,7 +31,7 @@ from conf.schema import DataConfig, MixConfig
 from data.corpus import open_corpus
 from data.files import find_files
 from data.layout import BestFit, Concat
-from data.sources import generated, parts, tokenizer_corpus
+from data.sources import generated, parts, source_files, tokenizer_corpus
 from data.stream import TokenStream
 from data.summary import summarise
 from data.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def make_config(folder: Path, packages_mb: float, generated_mb: float) -> tuple[
     write_rows(rows, int(generated_mb * 1e6))
     sizes = np.cumsum([file.stat().st_size for file in find_files(f"{packages}/**/*.py")])
     count = int(np.searchsorted(sizes, packages_mb * 1e6)) + 1
-    library = sum(file.stat().st_size for file in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    library = sum(file.stat().st_size for file in source_files(DataConfig()))
     mix = {
         "library": MixConfig(source="stdlib", weight=1.0),
         "packages": MixConfig(path=f"{packages}/**/*.py", weight=2.0),
