@@ -52,11 +52,8 @@ class Runs:
     def hits(self, text: str) -> bool:
         """Whether the text shares a run with a row."""
         ids = np.array([self.vocabulary.get(word, 0) for word in words(text)], np.uint64)
-        unknown = np.concatenate([[0], np.cumsum(ids == 0)])
         for length, known in self.hashes.items():
             found = run_hashes(ids, length)
-            whole = unknown[length:] == unknown[: len(found)]  # runs of words that all occur in rows
-            found = found[whole]
             places = np.minimum(np.searchsorted(known, found), len(known) - 1)
             if (known[places] == found).any():
                 return True

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conf.errors import UserError
 from conf.schema import DataConfig
-from data.files import find_files, suffix
+from data.files import _walk, find_files, suffix
 from data.lines import split_lines
 from data.rows import BadRows
 from data.sources import documents, fingerprint
@@ -132,6 +132,7 @@ def test_links_lead_to_each_file_once_and_loops_end(tmp_path: Path, caplog: pyte
     os.mkfifo(tree / "pipe.py")
     (tree / ".git").mkdir()
     (tree / ".git" / "c.py").write_text("hidden")
+    assert len(list(_walk(str(tree)))) == 5, "no folder is walked twice: two loops would be walked 2^40 times"
     for path in (str(tree), f"{tree}/**/*.py"):
         assert sorted(file.read_text() for file in find_files(path)) == ["a", "b"], path
     assert "nowhere.py: left out, no regular file" in caplog.text and "pipe.py: left out" in caplog.text

@@ -13,7 +13,7 @@ import pytest
 from conf.errors import UserError
 from conf.schema import DataConfig
 from data.corpus import Corpus, open_corpus
-from data.duplicates import Seen, signature
+from data.duplicates import SCHEME, SEED, Seen, signature
 from data.overlap import make_runs, read_runs, words
 from data.split import digest, is_heldout
 
@@ -59,6 +59,20 @@ def test_short_and_wordless_texts_are_compared_as_wholes() -> None:
     assert [seen.is_duplicate(signature(text)) for text in ("a b", "a  b", "a c", "+-", "+-", "--")] == [
         False, True, False, False, True, False,
     ]  # fmt: skip
+
+
+def test_candidates_below_the_threshold_are_kept() -> None:
+    for number in range(40):
+        seen, (one, two) = Seen(0.5), (signature(text) for text in (prose(number), changed(prose(number), 12)))
+        assert not seen.is_duplicate(one)
+        expected = np.mean(one == two) >= 0.5 and bool(seen.index.query(_sketch(two)))
+        assert seen.is_duplicate(two) == expected
+
+
+def _sketch(found: np.ndarray):
+    from datasketch import LeanMinHash
+
+    return LeanMinHash(seed=SEED, hashvalues=found, scheme=SCHEME)
 
 
 def test_of_near_duplicates_the_first_stays_in_whichever_split(tmp_path: Path, byte_tokenizer) -> None:
