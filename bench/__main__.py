@@ -5,6 +5,7 @@ import sys
 import bench.ablation  # noqa: F401  (each registers itself)
 import bench.cost  # noqa: F401
 import bench.cost_curve  # noqa: F401
+import bench.data  # noqa: F401
 import bench.domains  # noqa: F401
 import bench.fp8  # noqa: F401
 import bench.layer  # noqa: F401

@@ -82,8 +82,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """One source of a mix, under a name of the user's choice. `weight`: its share of tokens, beside the others'."""
+
+    source: str = "files"  # stdlib | files | hf
+    path: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    weight: float = 1.0
+    min_tokens: int = 1  # shorter documents are left out
+    max_tokens: int | None = None  # and longer ones: a path taken twice has a weight for each range of lengths
+
+
+@dataclass(frozen=True)
+class LongDocumentsConfig:
+    """Documents of at least `tokens` tokens occur `times` times in an epoch of training."""
+
+    tokens: int = 8192
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    source: str = "stdlib"  # stdlib | synthetic | files | hf
+    source: str = "stdlib"  # stdlib | synthetic | files | hf | mix
     path: str | None = None  # files: file, glob or folder; hf: a `datasets` name or a local set
     split: str = "train"  # hf: the split to read
     text_key: str = "text"
@@ -100,6 +121,17 @@ class DataConfig:
     long_max: int | None = None  # of the longest; null: data.seq_len
     long_questions: int = 16  # that one context is asked at most
     max_bad_rows: int = 100  # malformed rows that are skipped before it is an error
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # {NAME: a source} of source=mix
+    long_documents: LongDocumentsConfig = field(default_factory=LongDocumentsConfig)
+    packing: str = "concat"  # concat (cut every seq_len tokens) | best_fit (documents stay whole where they fit)
+    max_split: float = 0.02  # best_fit: share of the documents that fit which it may cut, where padding were above 2%
+    streaming: bool = False  # hf: read over the network, nothing but the tokens is kept
+    max_documents: int | None = None  # of a source, the first ones
+    max_tokens: int | None = None  # of a source and split, the first ones
+    max_document_bytes: int = 8 << 20  # longer documents are skipped: what one may cost in memory
+    workers: int = 0  # processes that tokenise; 0: as many as there are CPUs, 16 at most. The tokens are the same
+    dedup: float | None = None  # similarity (Jaccard, of runs of five words) from which the later document is dropped
+    decontaminate: tuple[str, ...] = ()  # files of evaluation sets; documents that share 13 words in a row are dropped
 
 
 @dataclass(frozen=True)

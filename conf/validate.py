@@ -16,6 +16,7 @@ from typing import Any
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
+from conf.validate_data import DATA_RULES
 from conf.validate_long import LONG_RULES
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
@@ -30,7 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "resume": ("auto", "never"),
     "kernels": ("auto", "torch", "triton", "cudnn"),
     "model.mtp": ("keep", "drop"),
-    "data.source": ("stdlib", "synthetic", "files", "hf"),
+    "data.source": ("stdlib", "synthetic", "files", "hf", "mix"),
+    "data.packing": ("concat", "best_fit"),
     "optim.schedule": ("cosine", "constant"),
     "parallel.offload": ("none", "cpu", "nvme"),
     "precision.name": ("fp32", "bf16", "fp8"),
@@ -51,6 +53,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "model.first_k_dense_replace",
     "model.num_nextn_predict_layers",
     "data.max_bad_rows",
+    "data.workers",
     "train.seed",
     "train.max_skipped_steps",
     "train.threads",
@@ -75,6 +78,8 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "data.synthetic_share": "[0, 1)",
     "data.worked_share": "[0, 1]",
     "data.long_share": "[0, 1]",
+    "data.max_split": "[0, 1]",
+    "data.dedup": "(0, 0.99]",
     "train.balance_weight": "[0, inf)",
     "train.spike_factor": "(1, inf)",
     "optim.lr": "(0, inf)",
@@ -518,6 +523,7 @@ RULES: tuple[Rule, ...] = (
     zero_stage,
     named_paths,
     source_needs_path,
+    *DATA_RULES,
     known_tasks,
     tasks_are_graded,
     sft_needs_conversations,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data.rows import ROW_SUFFIXES, BadRows, find_files, read_rows
+from data.files import ROW_SUFFIXES, find_files
+from data.rows import BadRows, read_rows
 from data.sources import load_dataset, question_key
 from data.split import in_split
 from data.tasks import TASKS, Problem, arithmetic, choose, heldout_problems, mixed_problems

@@ -1,37 +1,37 @@
-"""Files on disk -> rows: which files a path means, and the rows of .jsonl(.gz/.zst) and .parquet, each with its line.
+"""Files -> rows: those of .jsonl(.gz/.zst) and .parquet, each with its line, and text files as one row each.
 
 A row that is no row (bad UTF-8, bad JSON, not an object) goes to `BadRows`, which says where it stands, counts, and
-stops the run past its limit. A file that breaks off (cut gzip, foreign parquet) is an error at once: what it lacks is
-not known.
+stops the run past its limit. What is left out by rule (empty, binary, too long) is counted and named there too. A file
+that breaks off (cut gzip, foreign parquet) is an error at once: what it lacks is not known.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
 import logging
-import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from conf.errors import UserError
+from data.files import suffix
+from data.lines import read_lines, read_whole
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
-ZST_CHUNK = 4096  # compressed bytes at a time: a frame of zeros grows 30,000-fold
+MAX_BYTES = 8 << 20  # of a row, where the caller has no limit of its own
+NAMED = 20  # of each kind of what was left out
+BINARY_PROBE = 8000  # bytes in which a NUL makes a file binary, as git has it
 log = logging.getLogger("winnow.data")
 
 
 class BadRows:
-    """Counts malformed rows, names each in the log, and raises UserError when there are more than `limit`."""
+    """Counts malformed rows, names each in the log, and raises UserError when there are more than `limit`.
+
+    `skipped`: kind -> [count, the first few origins] of all that was left out: malformed, too_long, binary, empty.
+    """
 
     def __init__(self, limit: int, key: str = "data.max_bad_rows") -> None:
         self.limit, self.key, self.count = limit, key, 0
+        self.skipped: dict[str, tuple[int, list[str]]] = {}
 
     def report(self, origin: str, reason: str) -> None:
         """`origin` is file:line."""
@@ -40,48 +40,32 @@ class BadRows:
             raise UserError(
                 f"{origin}: {reason}; more than {self.key}={self.limit} malformed rows: mend them or raise the limit"
             )
+        self.skip("malformed", origin)
         log.warning("%s: row skipped: %s", origin, reason)
 
+    def skip(self, kind: str, origin: str) -> None:
+        """What is left out by rule, without limit."""
+        count, named = self.skipped.get(kind, (0, []))
+        self.skipped[kind] = (count + 1, [*named, origin] if count < NAMED else named)
 
-def suffix(path: Path) -> str:
-    """The supported suffix that the file ends with, or ''."""
-    return next((known for known in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(known)), "")
-
-
-def find_files(path: str, key: str = "data.path", suffixes: Iterable[str] = SUFFIXES) -> list[Path]:
-    """The files that `path` (a file, a glob, a folder) means, sorted; a glob's or folder's other files are left out.
-
-    UserError: nothing there, or nothing of a suffix in `suffixes`.
-    """
-    wanted = tuple(suffixes)
-    readable = " ".join(wanted)
-    if os.path.isdir(path):
-        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-    elif os.path.exists(path):
-        found = [Path(path)]
-    else:
-        found = [Path(name) for name in glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
-        if not found:
-            raise UserError(f"{key}={path} matches no file: give a file, a glob or a folder with {readable}")
-    files = sorted(file for file in found if suffix(file) in wanted)
-    if not files:
-        what = f"has an unknown suffix {found[0].suffix!r}" if found == [Path(path)] else "holds no file we read"
-        raise UserError(f"{key}={path} {what}: use {readable}")
-    if len(files) < len(found):
-        log.info("%s: %d files of other kinds left out", path, len(found) - len(files))
-    return files
+    def too_long(self, origin: str, limit: int) -> None:
+        self.skip("too_long", origin)
+        log.warning("%s: skipped: more than %d bytes (data.max_document_bytes)", origin, limit)
 
 
 def read_rows(
-    path: Path, columns: Iterable[str], bad: BadRows, beside: Sequence[str] = ()
+    path: Path, columns: Iterable[str], bad: BadRows, beside: Sequence[str] = (), max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, row) of one row file, lines from 1. Of a parquet file only `columns` are read, of which it must
-    have one, and `beside`."""
+    have one, and `beside`. Lines of more than `max_bytes` are skipped."""
     if suffix(path) == ".parquet":
         yield from _parquet_rows(path, list(columns), bad, beside)
         return
-    for line_number, line in enumerate(_lines(path), 1):
+    for line_number, line in enumerate(read_lines(path, max_bytes), 1):
         origin = f"{path}:{line_number}"
+        if line is None:
+            bad.too_long(origin, max_bytes)
+            continue
         try:
             text = line.decode("utf-8-sig").strip()
             row = json.loads(text) if text else None
@@ -99,65 +83,22 @@ def read_rows(
             bad.report(origin, f"a {type(row).__name__}, not an object")
 
 
-def read_text(path: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
-    """(`file:1`, text) of a text file; nothing where it is empty or not UTF-8 (which is reported)."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad.report(f"{path}:{error.object.count(10, 0, error.start) + 1}", "not UTF-8")
-        return
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if text:
-        yield f"{path}:1", text
-
-
-def _zst_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines of zstd frames laid end to end. EOFError where the last one is cut, which the library's own reader passes
-    over in silence."""
-    import zstandard
-
-    frame = None
-    line: list[bytes] = []  # parts of the line that is not whole yet
-    while compressed := stream.read(ZST_CHUNK):
-        while compressed:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            first, *others = frame.decompress(compressed).split(b"\n")
-            line.append(first)
-            if others:
-                yield b"".join(line)
-                yield from others[:-1]
-                line = others[-1:]
-            compressed = frame.unused_data
-            if frame.eof:
-                frame = None
-    if any(line):
-        yield b"".join(line)
-    if frame is not None:
-        raise EOFError("the last zstd frame is cut")
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Raw lines, decompressed. UserError naming the line after which a file breaks."""
-    kind = suffix(path)
-    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if kind == ".jsonl.zst":
-        import zstandard
-
-        broken += (zstandard.ZstdError,)
-    number = 0
-    try:
-        with path.open("rb") as raw, ExitStack() as stack:
-            lines: Iterable[bytes] = raw
-            if kind == ".jsonl.gz":
-                lines = stack.enter_context(gzip.open(raw))
-            elif kind == ".jsonl.zst":
-                lines = _zst_lines(raw)
-            for line in lines:
-                number += 1
-                yield line
-    except broken as error:
-        raise UserError(f"{path} breaks off after line {number} ({error}): fetch or write it anew") from error
+def read_text(path: Path, bad: BadRows, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, str]]:
+    """(`file:1`, text) of a text file; nothing where it is empty, binary, too long or not UTF-8, which is reported."""
+    content = read_whole(path, max_bytes)
+    origin = f"{path}:1"
+    if content is None:
+        bad.too_long(origin, max_bytes)
+    elif not content:
+        bad.skip("empty", origin)
+    elif b"\0" in content[:BINARY_PROBE]:
+        bad.skip("binary", origin)
+        log.info("%s: skipped: a binary file", path)
+    else:
+        try:
+            yield origin, content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            bad.report(f"{path}:{error.object.count(10, 0, error.start) + 1}", "not UTF-8")
 
 
 def _parquet_rows(
@@ -174,7 +115,7 @@ def _parquet_rows(
                 raise UserError(f"{path} has no column {' or '.join(columns)}: its columns are {', '.join(names)}")
             present += [name for name in beside if name in names]
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=present):
+            for batch in file.iter_batches(batch_size=128, columns=present):
                 for values in zip(*(batch.column(name) for name in present), strict=True):
                     number += 1
                     origin = f"{path}:{number}"

@@ -1,4 +1,4 @@
-"""The four sources of documents: the standard library's own sources, files, a `datasets` set, generated problems.
+"""The sources of documents: the standard library's own sources, files, a `datasets` set, generated problems, a mix.
 
 A document is a text or a conversation with the key that the split goes by. Sources yield them in a fixed order; what
 cannot be read is reported with file and line (`data.rows.BadRows`). Nothing is downloaded but a set that `hf` names.
@@ -9,25 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
-from conf.schema import DataConfig
+from conf.schema import DataConfig, MixConfig
 from data.chat import pieces_of
 from data.check import check_messages
 from data.context import ASKING
+from data.files import TEXT_FILES, find_files, suffix
 from data.pieces import plain_texts
-from data.rows import TEXT_SUFFIXES, BadRows, find_files, read_rows, read_text, suffix
+from data.rows import BadRows, read_rows, read_text
 from data.split import digest, in_split
 from data.tasks import Problem, arithmetic, choose, mixed_problems, task_key
 from data.tasks.long import sample_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder, IterableDataset
 
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # folders of the library
 MESSAGES, TOOLS = "messages", "tools"
@@ -43,6 +44,37 @@ class Document:
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
 
+    def plain(self) -> str:
+        """The text; of a conversation what is encoded of it, without special tokens."""
+        return self.text or "\n".join(plain_texts(pieces_of(self.messages or [])))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a run: all of it, or one of a mix. `cfg` is that of a run which has no other; `weight` its share of
+    the text's tokens."""
+
+    name: str
+    cfg: DataConfig
+    weight: float
+    min_tokens: int = 1
+    max_tokens: int | None = None
+
+
+def parts(cfg: DataConfig) -> list[Part]:
+    """The sources of a run that are read, in the order of the configuration; none of `synthetic`, which is made."""
+    if cfg.source == "synthetic":
+        return []
+    if cfg.source != "mix":
+        return [Part(cfg.source, cfg, 1.0)]
+
+    def part(name: str, own: MixConfig) -> Part:
+        alone = replace(cfg, source=own.source, path=own.path, split=own.split, text_key=own.text_key, mix={})
+        return Part(name, alone, own.weight / total, own.min_tokens, own.max_tokens)
+
+    total = sum(own.weight for own in cfg.mix.values())
+    return [part(name, own) for name, own in cfg.mix.items()]
+
 
 def question_key(question: str) -> str:
     """The key of whatever answers this question: a conversation's first user message, an RL prompt."""
@@ -55,6 +87,8 @@ def _row_document(row: Mapping[str, Any], origin: str, text_key: str, conversati
         if row.get(MESSAGES) is None:
             raise ValueError(f'no "{MESSAGES}"')
         messages = check_messages(row[MESSAGES], row.get(TOOLS))
+        if any("\0" in message["content"] for message in messages):
+            raise ValueError("messages hold NUL characters")
         question = next(message["content"] for message in messages if message["role"] in ASKING)
         return Document(question_key(question), origin, messages=messages)
     if row.get(text_key) is None:
@@ -62,6 +96,8 @@ def _row_document(row: Mapping[str, Any], origin: str, text_key: str, conversati
     text = row[text_key]
     if not isinstance(text, str):
         raise ValueError(f'"{text_key}" is a {type(text).__name__}, not a string')
+    if "\0" in text:
+        raise ValueError(f'"{text_key}" holds NUL characters')
     return Document(digest(text), origin, text=text) if text else None
 
 
@@ -69,22 +105,27 @@ def _rows(cfg: DataConfig, bad: BadRows, conversations: bool) -> Iterator[tuple[
     """(origin, row) of the sources that are tables or text files."""
     columns = [MESSAGES] if conversations else [cfg.text_key, MESSAGES]
     if cfg.source == "hf":
-        dataset = load_hf(cfg)
-        present = [name for name in columns if name in dataset.column_names]
-        if not present:
-            wanted, names = " or ".join(columns), ", ".join(dataset.column_names)
-            raise UserError(f"data.path={cfg.path} has no column {wanted}: give data.text_key, one of {names}")
-        present += [TOOLS] if TOOLS in dataset.column_names else []
-        for number, row in enumerate(dataset.select_columns(present), 1):
+        for number, row in enumerate(_hf_rows(cfg, columns), 1):
             yield f"{cfg.path}[{cfg.split}]:{number}", row
         return
     for path in source_files(cfg):
-        if suffix(path) not in TEXT_SUFFIXES:
-            yield from read_rows(path, columns, bad, (TOOLS,))
+        if suffix(path) not in TEXT_FILES:
+            yield from read_rows(path, columns, bad, (TOOLS,), cfg.max_document_bytes)
         elif conversations:
             raise UserError(f"{path} holds no conversations: give data.path=FILE of rows with {MESSAGES}")
         else:
-            yield from ((origin, {cfg.text_key: text}) for origin, text in read_text(path, bad))
+            found = read_text(path, bad, cfg.max_document_bytes)
+            yield from ((origin, {cfg.text_key: text}) for origin, text in found)
+
+
+def _hf_rows(cfg: DataConfig, columns: list[str]) -> Iterable[Mapping[str, Any]]:
+    dataset = load_hf(cfg)
+    names = dataset.column_names or list(next(iter(dataset), {}))  # a streamed set may know them by its rows alone
+    present = [name for name in columns if name in names]
+    if not present:
+        wanted, given = " or ".join(columns), ", ".join(names)
+        raise UserError(f"data.path={cfg.path} has no column {wanted}: give data.text_key, one of {given}")
+    return dataset.select_columns(present + ([TOOLS] if TOOLS in names else []))
 
 
 def source_files(cfg: DataConfig) -> list[Path]:
@@ -99,10 +140,40 @@ def source_files(cfg: DataConfig) -> list[Path]:
     return found
 
 
-def load_hf(cfg: DataConfig) -> Dataset:
+def load_hf(cfg: DataConfig) -> Dataset | IterableDataset:
     """The set that `data.path` names."""
     assert cfg.path is not None, "validated: hf has a path"
-    return load_dataset(cfg.path, cfg.split, f"data.path={cfg.path}")
+    given = f"data.path={cfg.path}"
+    if cfg.streaming and not _is_saved(cfg.path):
+        return _one_split(_hf_builder(cfg).as_streaming_dataset(), cfg.split, given)
+    return load_dataset(cfg.path, cfg.split, given)
+
+
+def _hf_builder(cfg: DataConfig) -> DatasetBuilder:
+    """What knows the files of a set before anything is read of them."""
+    import datasets
+
+    assert cfg.path is not None, "validated: hf has a path"
+    try:
+        return datasets.load_dataset_builder(cfg.path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _not_loaded(f"data.path={cfg.path}", error) from error
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `save_to_disk` wrote it: memory-mapped, so it needs no streaming."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _not_loaded(given: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{given} cannot be loaded by datasets: {reason}; check name and network")
+
+
+def _one_split(loaded: Any, split: str, given: str) -> Any:
+    if split not in loaded:
+        raise UserError(f"data.split={split} is not in {given}: it has {', '.join(loaded)}")
+    return loaded[split]
 
 
 def load_dataset(path: str, split: str, given: str) -> Dataset:
@@ -111,19 +182,10 @@ def load_dataset(path: str, split: str, given: str) -> Dataset:
     import datasets
 
     try:
-        if any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(path)
-        else:
-            loaded = datasets.load_dataset(path)
+        loaded = datasets.load_from_disk(path) if _is_saved(path) else datasets.load_dataset(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # OSError: no such set, no network
-        raise UserError(
-            f"{given} cannot be loaded by datasets: {' '.join(str(error).split())}; check name and network"
-        ) from error
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if split not in loaded:
-        raise UserError(f"data.split={split} is not in {given}: it has {', '.join(loaded)}")
-    return loaded[split]
+        raise _not_loaded(given, error) from error
+    return loaded if isinstance(loaded, datasets.Dataset) else _one_split(loaded, split, given)
 
 
 def generated(cfg: DataConfig, split: str, seed: int, start: int = 0) -> Iterator[Problem]:
@@ -135,20 +197,28 @@ def generated(cfg: DataConfig, split: str, seed: int, start: int = 0) -> Iterato
 
 
 def documents(
-    cfg: DataConfig, split: str, seed: int = 0, *, conversations: bool = False, start: int = 0
+    cfg: DataConfig,
+    split: str,
+    seed: int = 0,
+    *,
+    conversations: bool = False,
+    start: int = 0,
+    bad: BadRows | None = None,
+    both: bool = False,
 ) -> Iterator[Document]:
     """The documents of a split, train or heldout, in a fixed order; `synthetic` has no end and alone uses `seed` and
     `start` (its first problem).
 
     `conversations`: every row must hold messages (SFT). Else a row holds `cfg.text_key`, or messages where it has no
-    text. UserError: nothing there, too many malformed rows, no document in the split.
+    text. `bad` counts what is left out. `both`: those of the other split come as well. UserError: nothing there, too
+    many malformed rows, no document in the split.
     """
     if cfg.source == "synthetic":
         for index, problem in enumerate(generated(cfg, split, seed, start), start):
             messages = problem.messages(arithmetic.is_worked(index, seed, cfg.worked_share))
             yield Document(problem.key, f"synthetic:{problem.prompt}", messages=messages)
         return
-    bad = BadRows(cfg.max_bad_rows)
+    bad = BadRows(cfg.max_bad_rows) if bad is None else bad
     seen = kept = 0
     for origin, row in _rows(cfg, bad, conversations):
         try:
@@ -157,11 +227,18 @@ def documents(
             bad.report(origin, str(error))
             continue
         if document is None:
+            bad.skip("empty", origin)
+            continue
+        if document.text is not None and _is_longer(document.text, cfg.max_document_bytes):
+            bad.too_long(origin, cfg.max_document_bytes)  # of a table, whose rows have no bound
             continue
         seen += 1
-        if in_split(document.key, split, cfg.heldout):
-            kept += 1
+        mine = in_split(document.key, split, cfg.heldout)
+        kept += mine
+        if mine or both:
             yield document
+        if seen == cfg.max_documents:
+            break
     if seen == 0:
         raise UserError(f"{cfg.path or cfg.source} holds no document ({bad.count} malformed rows): give data with text")
     if kept == 0:
@@ -171,18 +248,36 @@ def documents(
         )
 
 
+def _is_longer(text: str, num_bytes: int) -> bool:
+    return len(text) > num_bytes // 4 and len(text.encode("utf-8")) > num_bytes
+
+
+def file_state(path: Path) -> list[Any]:
+    """What changes whenever a file does: the time of its last change cannot be set back, that of its content can."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend it or leave it out") from error
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def fingerprint(cfg: DataConfig) -> str:
-    """Changes whenever the source may: names, sizes and times of its files, and what picks rows from them."""
-    assert cfg.source != "synthetic"
-    if cfg.source == "hf":
+    """Changes whenever the documents of a source may: names, sizes and times of its files, and what picks rows."""
+    assert cfg.source not in ("synthetic", "mix")
+    extra: list[Any] = []
+    if cfg.source == "hf" and cfg.streaming and not _is_saved(cfg.path or ""):
+        builder, files = _hf_builder(cfg), []
+        found = builder.config.data_files or {}
+        extra = [builder.hash, {str(name): [list(listed), listed.origin_metadata] for name, listed in found.items()}]
+    elif cfg.source == "hf":
         dataset = load_hf(cfg)
         files = sorted(Path(entry["filename"]) for entry in dataset.cache_files)
         extra = [len(dataset), *dataset.column_names]
     else:
-        files, extra = source_files(cfg), []
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    picked = [cfg.source, cfg.split, cfg.text_key, cfg.heldout, cfg.max_bad_rows]
-    return hashlib.sha256(json.dumps([picked, extra, stats]).encode()).hexdigest()
+        files = source_files(cfg)
+    picked = [cfg.source, cfg.split, cfg.text_key, cfg.heldout, cfg.max_bad_rows, cfg.max_documents]
+    picked += [cfg.max_document_bytes]
+    return hashlib.sha256(json.dumps([picked, extra, [file_state(path) for path in files]]).encode()).hexdigest()
 
 
 def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000) -> list[str]:
@@ -190,13 +285,13 @@ def tokenizer_corpus(cfg: DataConfig, seed: int = 0, max_chars: int = 4_000_000)
     run mixes them in; of conversations what is encoded of them, without special tokens. Looks at no more than eight
     times `max_chars`."""
     texts: list[tuple[str, str]] = []
-    looked_at = 0
-    if cfg.source != "synthetic":
-        for document in documents(cfg, "train", seed):
-            text = document.text or "\n".join(plain_texts(pieces_of(document.messages or [])))
+    for part in parts(cfg):
+        looked_at = 0
+        for document in documents(part.cfg, "train", seed):
+            text = document.plain()
             texts.append((document.key, text[: max_chars // 16]))
             looked_at += len(text)
-            if looked_at > 8 * max_chars:
+            if looked_at > 8 * max_chars * part.weight:
                 break
     sample, length = [], 0
     for _, text in sorted(texts):  # keys are hashes: their order is a fair draw

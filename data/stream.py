@@ -1,16 +1,17 @@
 """The endless stream of training sequences: sequence i is a pure function of (config, tokenizer, seed, split, i).
 
 So any rank can make any sequence, the same global step holds the same tokens under every layout, and the position in
-the data is one number. Text: the documents of an epoch in an order of their own, one after another, cut every T tokens;
-the next epoch follows without a gap. Worked problems (`synthetic_share`) come as whole sequences, spread evenly
-among the text's, so text keeps its full context; each holds as many whole problems as fit, each its own document.
-Long-context problems (`long_share`, data/long_stream.py) come the same way.
+the data is one number. A sequence is of one source: of the text (`data.layout` says which documents it holds), of one
+part of a mix, worked problems (`synthetic_share`), as many whole ones as fit, or long-context problems (`long_share`,
+data/long_stream.py). The sources take turns, spread evenly, so a share of sequences is a share of tokens, text keeps
+its full context, and every source has epochs of its own.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +19,74 @@ import numpy as np
 
 from conf.errors import UserError
 from conf.schema import DataConfig
-from data.corpus import Corpus, decode_targets, encode_document, open_corpus
+from data.corpus import Corpus, decode_targets, open_corpus
+from data.layout import BestFit, Concat
 from data.long_stream import LongProblems
 from data.packing import PackedBatch, Piece, assemble
-from data.sources import documents
+from data.sources import documents, parts
 from data.split import SPLITS
+from data.worker import encode_document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
-    from data.sources import Document
+    from data.sources import Document, Part
 
+LONG, WORKED, TEXTS = 0, 1, 2  # whose turn it is; the sources of text follow one another
 SHORTEST_PROBLEM = 9  # tokens of a worked problem at least: six that frame it, question, working, answer
-KEPT_EPOCHS = 2  # orders held in memory: a sequence may span two epochs
+
+
+@dataclass(frozen=True)
+class Text:
+    """One source of text: its tokens, and where they stand."""
+
+    part: Part
+    corpus: Corpus
+    layout: Concat | BestFit
+
+    def pieces(self, number: int) -> Iterator[Piece]:
+        """What stands in this source's sequence `number`."""
+        for document, start, end in self.layout.spans(number):
+            begin, stop = (int(self.corpus.offsets[document + side]) for side in (0, 1))
+            ids, targets = decode_targets(self.corpus.tokens[begin + start : min(begin + end + 2, stop)])
+            yield Piece(ids, targets, end - start)
+
+
+def lay_out(part: Part, lengths: np.ndarray, split: str, seed: int) -> Concat | BestFit:
+    """`lengths`: tokens of each document. UserError where none is of the lengths asked for."""
+    cfg, most = part.cfg, part.max_tokens
+    chosen = np.flatnonzero((lengths >= part.min_tokens) & (lengths <= (lengths.max() if most is None else most)))
+    if not len(chosen):
+        raise UserError(
+            f"data.mix.{part.name} leaves none of {len(lengths)} documents, which have {lengths.min()} to"
+            f" {lengths.max()} tokens: give other min_tokens or max_tokens"
+        )
+    if split == "train":
+        long = lengths[chosen] >= cfg.long_documents.tokens
+        chosen = np.repeat(chosen, np.where(long, cfg.long_documents.times, 1))
+    if cfg.packing == "best_fit":
+        return BestFit(lengths, chosen, cfg.seq_len, seed, cfg.max_split)
+    return Concat(lengths, chosen, cfg.seq_len, seed)
+
+
+def turns(index: int, shares: Sequence[float]) -> tuple[int, int]:
+    """(which source gives sequence `index`, its how-manieth from 0). Each share is of what the ones before leave; the
+    last takes the rest."""
+    for source, share in enumerate(shares[:-1]):
+        before = int(index * share)
+        if int((index + 1) * share) > before:
+            return source, before
+        index -= before
+    return len(shares) - 1, index
 
 
 class TokenStream:
     """Packed sequences of `cfg.seq_len` tokens by global index, and the position of a run in them.
 
     `conversations`: rows must hold messages (SFT); what a user says is never a target, in any stage. `cache_dir` keeps
-    the tokenised corpus. UserError: see `data.sources.documents`.
+    the tokenised corpus. UserError: see `data.sources.documents` and `lay_out`.
     """
 
     def __init__(
@@ -56,28 +103,33 @@ class TokenStream:
         assert split in SPLITS, split
         self.cfg, self.tokenizer, self.seed, self.split = cfg, tokenizer, seed, split
         self.position = 0  # global index of the next sequence
-        self.long_share, self.long = cfg.long_share, LongProblems(cfg, tokenizer, seed, split)
-        rest = 1.0 - cfg.long_share  # of which worked problems have the share:
-        self.synthetic_share = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest
-        self.corpus: Corpus | None = None
-        if cfg.source != "synthetic":
-            self.corpus = open_corpus(
-                cfg, tokenizer, split, cache_dir=cache_dir, conversations=conversations, progress=progress
+        self.texts: list[Text] = []
+        for part in parts(cfg):
+            corpus = open_corpus(
+                part.cfg, tokenizer, split, cache_dir=cache_dir, conversations=conversations, progress=progress
             )
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+            self.texts.append(Text(part, corpus, lay_out(part, np.diff(corpus.offsets), split, seed)))
+        self.long = LongProblems(cfg, tokenizer, seed, split)
+        weights = [text.part.weight for text in self.texts]
+        rest = 1.0 - cfg.long_share
+        worked = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest
+        self.shares = [cfg.long_share, worked, *(one / sum(weights[place:]) for place, one in enumerate(weights))]
+
+    @property
+    def corpus(self) -> Corpus | None:
+        """The tokens of a run with one source of text."""
+        return self.texts[0].corpus if len(self.texts) == 1 else None
 
     def sequence(self, index: int) -> PackedBatch:
         """Sequence `index` >= 0 of the stream, the same for every caller."""
         assert index >= 0, index
-        long_before = int(index * self.long_share)
-        if int((index + 1) * self.long_share) > long_before:
-            return assemble(self.long.sequence(long_before), self.cfg.seq_len)
-        index -= long_before
-        arithmetic_before = int(index * self.synthetic_share)
-        if int((index + 1) * self.synthetic_share) > arithmetic_before:
-            pieces = self._problems(arithmetic_before)
+        source, number = turns(index, self.shares)
+        if source == LONG:
+            pieces = self.long.sequence(number)
+        elif source == WORKED:
+            pieces = self._problems(number)
         else:
-            pieces = self._text(index - arithmetic_before)
+            pieces = self.texts[source - TEXTS].pieces(number)
         return assemble(pieces, self.cfg.seq_len)
 
     def take(self, count: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
@@ -91,7 +143,9 @@ class TokenStream:
 
     def state(self) -> dict[str, Any]:
         """The position, for a checkpoint: plain numbers and strings."""
-        return {"next_sequence": self.position, "corpus": self.corpus.digest if self.corpus else "synthetic"}
+        digests = [text.corpus.digest for text in self.texts] or ["synthetic"]
+        whole = digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        return {"next_sequence": self.position, "corpus": whole}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. UserError if the data are other ones now."""
@@ -121,29 +175,3 @@ class TokenStream:
 
     def _worked(self, start: int) -> Iterator[Document]:
         return documents(replace(self.cfg, source="synthetic"), self.split, self.seed, start=start)
-
-    def _epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order of documents, where each starts in the epoch [documents + 1]) of an epoch."""
-        assert self.corpus is not None
-        if number not in self._epochs:
-            order = np.random.default_rng([self.seed, number]).permutation(self.corpus.num_documents)
-            starts = np.concatenate([[0], np.cumsum(np.diff(self.corpus.offsets)[order])])
-            self._epochs[number] = (order, starts)
-            while len(self._epochs) > KEPT_EPOCHS:
-                self._epochs.popitem(last=False)
-        return self._epochs[number]
-
-    def _text(self, number: int) -> Iterator[Piece]:
-        """Tokens [number * T, (number + 1) * T) of the epochs laid end to end, as pieces of documents."""
-        assert self.corpus is not None
-        at, room, total = number * self.cfg.seq_len, self.cfg.seq_len, self.corpus.num_tokens
-        while room:
-            epoch, inside = divmod(at, total)
-            order, starts = self._epoch(epoch)
-            place = int(np.searchsorted(starts, inside, side="right")) - 1
-            begin, stop = (int(self.corpus.offsets[order[place] + side]) for side in (0, 1))
-            start = inside - int(starts[place])
-            end = min(start + room, stop - begin)
-            ids, targets = decode_targets(self.corpus.tokens[begin + start : min(begin + end + 2, stop)])
-            yield Piece(ids, targets, end - start)
-            at, room = at + end - start, room - (end - start)

@@ -66,6 +66,10 @@ def open_stream(context: RunContext) -> Stream:
         )
 
     first = build() if context.is_main else None
+    if first is not None:
+        from data.summary import one_line, summarise
+
+        context.say(one_line(summarise(first)))
     distributed.barrier()
     return first or build()
 

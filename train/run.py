@@ -49,6 +49,7 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "train.async_save",
     "train.hang_limit_s",
     "train.micro_batches",  # where a step takes as many sequences as before
+    "data.workers",  # the tokens are the same
     "rl.judge_url",  # the same model may be served elsewhere after a restart, and a budget may be raised
     "rl.judge_key_env",
     "rl.judge_timeout_s",

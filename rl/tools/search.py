@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from conf.errors import UserError, nearest
-from data.rows import ROW_SUFFIXES, BadRows, find_files, read_rows
+from data.files import ROW_SUFFIXES, find_files
+from data.rows import BadRows, read_rows
 from rl.tools.tool import Tool, ToolError
 
 MAX_RESULTS = 10

@@ -493,7 +493,7 @@ def test_sft_wants_conversations() -> None:
 def test_messages_are_single_lines_even_for_hostile_values() -> None:
     config = load(["+stage=grpo"]).config
     config = replace(config, data=replace(config.data, source="a\nb"))
-    assert violations(config) == ["data.source=a b is not known: valid: stdlib, synthetic, files, hf"]
+    assert violations(config) == ["data.source=a b is not known: valid: stdlib, synthetic, files, hf, mix"]
 
 
 def test_warnings_are_no_violations() -> None:

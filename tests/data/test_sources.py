@@ -17,7 +17,8 @@ import zstandard
 from conf.errors import UserError
 from conf.schema import DataConfig
 from data import sources
-from data.rows import BadRows, find_files, read_rows
+from data.files import find_files
+from data.rows import BadRows, read_rows
 from data.sources import TOKENIZER_PROBLEMS, documents, fingerprint, question_key, source_files, tokenizer_corpus
 from data.split import is_heldout
 from data.tokenizer import SPECIAL_TOKENS
