@@ -17,6 +17,7 @@ from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
 from conf.validate_long import LONG_RULES
+from conf.validate_tracker import alert_limits
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
@@ -542,6 +543,7 @@ RULES: tuple[Rule, ...] = (
     judge_url_is_safe,
     rl_weights,
     *LONG_RULES,
+    alert_limits,
 )
 
 
