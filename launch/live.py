@@ -53,7 +53,6 @@ BODY = """
 </aside>
 <div id="charts"></div>
 </div>
-<div id="said" class="unseen" aria-live="polite"></div>
 <footer>Thin lines are the values as logged, bold ones a moving average; a band spans what a point stands for.</footer>
 """
 

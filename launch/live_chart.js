@@ -36,7 +36,12 @@ function quantity(value, unit) {
   return `${+(value / 1024 ** power).toPrecision(4)} ${names[power]}`;
 }
 
+// 1, 2 or 5 times a power of ten apart; at least three where that can be.
 function niceTicks(low, high, about) {
+  const ticks = ticksOf(low, high, about);
+  return ticks.length > 2 || about > 8 ? ticks : niceTicks(low, high, about + 1);
+}
+function ticksOf(low, high, about) {
   const raw = (high - low) / about;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((m) => raw <= m * 1.0001);
@@ -200,6 +205,7 @@ class Chart {
     const lost = lines.flatMap((line) => line.x.filter((x, i) => line.y[i] == null && inside(x)));
     const marks = lost.slice(0, 400).map((x) => s("path", { class: "lost", d: `M${this.x.at(x).toFixed(1)} ${base}v-6` }));
     this.mark = s("g", {});
+    this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
     this.svg.replaceChildren(clip, ...frame, s("g", { "clip-path": `url(#${this.id})` }, ...drawn), ...marks, this.mark);
   }
 
@@ -226,6 +232,8 @@ class Chart {
     });
     const more = this.lines.length - shown.length;
     const left = more > 0 ? s("text", { x: 2, y: HEIGHT - 4 }, `and ${more} more`) : null;
+    const height = more > 0 ? HEIGHT : 16 + 31 * rows.length;
+    this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${height}`);
     this.svg.replaceChildren(...rows, ...(left ? [left] : []));
     this.mark = null;
   }
@@ -235,11 +243,16 @@ class Chart {
     this.cursor = x;
     if (this.mark) this.mark.replaceChildren();
     this.tip.hidden = x == null || this.once || !this.lines.length;
-    if (this.tip.hidden) return;
+    if (this.tip.hidden) {
+      const told = this.lines.map((line) => `${line.name} ${quantity(line.y.findLast((y) => y != null), this.panel.unit)}`);
+      return this.tell(this.once ? 0 : this.x?.high ?? 0, told.length ? `last values: ${told.join(", ")}` : "nothing logged yet");
+    }
     const rows = this.lines.map((line) => ({ line, i: nearest(line.x, x) }));
     const best = rows.reduce((a, b) => (Math.abs(b.line.x[b.i] - x) < Math.abs(a.line.x[a.i] - x) ? b : a));
     const at = best.line.x[best.i];
-    const read = rows.filter(({ line, i }) => x >= line.x[0] - 1e-9 && i < line.x.length).slice(0, 10);
+    const reach = (line) => (line.x.at(-1) - line.x[0]) / Math.max(1, line.x.length - 1); // no line is read past its ends
+    const covers = (line) => at >= line.x[0] - reach(line) && at <= line.x.at(-1) + reach(line);
+    const read = rows.filter(({ line }) => covers(line)).slice(0, 10);
     const place = this.x.at(at);
     this.mark.append(s("path", { class: "cursor", d: `M${place.toFixed(1)} ${TOP}V${TOP + PLOT_H}` }));
     for (const { line, i } of read) {
@@ -252,11 +265,15 @@ class Chart {
     this.tip.replaceChildren(h("p", {}, `${this.view.axis} ${number(at)}`), h("ul", {}, ...items));
     this.tip.style.left = `${(place / WIDTH) * 100}%`;
     this.tip.classList.toggle("left", place > WIDTH / 2);
-    const said = `${this.view.axis} ${number(at)}: ${read.map((row) => `${row.line.name} ${value(row)}`).join(", ")}`;
-    for (const [name, now] of [["min", this.x.low], ["max", this.x.high], ["now", at]]) {
-      this.plot.setAttribute(`aria-value${name}`, now);
+    this.tell(at, `${this.view.axis} ${number(at)}: ${read.map((row) => `${row.line.name} ${value(row)}`).join(", ")}`);
+  }
+
+  // What a screen reader reads, and where on the axis that is.
+  tell(at, said) {
+    const ends = this.once || !this.x ? [0, 0] : [this.x.low, this.x.high];
+    for (const [name, value] of [["valuemin", ends[0]], ["valuemax", ends[1]], ["valuenow", at], ["valuetext", said]]) {
+      this.plot.setAttribute(`aria-${name}`, value);
     }
-    this.plot.setAttribute("aria-valuetext", said);
   }
 
   press(event) {

@@ -170,7 +170,8 @@ class Watched:
         self._configs: dict[Path, tuple[int, dict[str, Any]]] = {}
 
     def folders(self) -> dict[str, Path]:
-        """name -> folder of every run there is now. Links are not followed: what is served is in the folders given."""
+        """name -> folder of every run there is now: its path below the folder given, whose own name opens it where
+        several were given. Links are not followed: what is served is in the folders given."""
         found: dict[str, Path] = {}
         seen: set[Path] = set()
         for root in self.roots:
@@ -178,7 +179,8 @@ class Watched:
                 if folder.resolve() in seen:
                     continue
                 seen.add(folder.resolve())
-                name = "/".join((root.resolve().name, *folder.relative_to(root).parts))
+                below = folder.relative_to(root).parts
+                name = "/".join(below if below and len(self.roots) == 1 else (root.resolve().name, *below))
                 while name in found:
                     name += "'"  # two folders of one name were given
                 found[name] = folder

@@ -71,7 +71,7 @@ def shown(page: Browser, address: str, *names: str, more: str = "") -> None:
     page.errors.clear()
     page.look()
     page.open("about:blank#")
-    page.run(f"location.href = {json.dumps(address + '#' + '&'.join(f'run=runs/{name}' for name in names) + more)}")
+    page.run(f"location.href = {json.dumps(address + '#' + '&'.join(f'run={name}' for name in names) + more)}")
     page.until("document.querySelectorAll('figure path.line').length > 0")
 
 
@@ -97,14 +97,14 @@ def test_points_appear_while_the_run_goes_and_nothing_else_moves(page: Browser, 
 
 def test_runs_are_laid_over_each_other_and_new_ones_appear(page: Browser, address: str, runs: Path) -> None:
     shown(page, address, "base")
-    page.run("document.querySelector('label[data-run=\"runs/other\"] input').click()")
+    page.run("document.querySelector('label[data-run=\"other\"] input').click()")
     page.until(f"({LINES}).length === 2")
     assert page.run(LINES) == [20, 30]
     assert page.run("[...document.querySelector('figure').querySelectorAll('.legend li')].length") == 2
-    assert "run=runs%2Fother" in page.run("location.hash")
+    assert "run=other" in page.run("location.hash")
     write_run(runs / "later", steps=8)
-    page.until("document.querySelector('label[data-run=\"runs/later\"]') !== null")
-    page.run("document.querySelector('label[data-run=\"runs/base\"] input').click()")
+    page.until("document.querySelector('label[data-run=\"later\"]') !== null")
+    page.run("document.querySelector('label[data-run=\"base\"] input').click()")
     page.until(f"({LINES}).length === 1")
     assert (
         page.run("document.querySelector('figure .line').parentNode.getAttribute('class')") == "s1"
@@ -161,8 +161,9 @@ def test_keys_reach_everything(page: Browser, address: str) -> None:
     plot = "document.activeElement"
     assert page.run(f"getComputedStyle({plot}).outlineStyle") == "solid"
     assert page.run(f"{plot}.getAttribute('aria-label')")
+    assert page.run(f"{plot}.getAttribute('aria-valuetext')").startswith("last values: base ")
     page.press("ArrowLeft")
-    assert page.run(f"{plot}.getAttribute('aria-valuetext')").startswith("step 40: runs/base ")
+    assert page.run(f"{plot}.getAttribute('aria-valuetext')").startswith("step 40: base ")
     page.press("ArrowLeft")
     assert page.run(f"[{plot}.getAttribute('aria-valuenow'), {plot}.querySelector('.tip').hidden]") == ["38", False]
     page.press("Home")

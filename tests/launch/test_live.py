@@ -133,7 +133,7 @@ def test_runs_are_found_below_folders_and_links_are_not_followed(tmp_path: Path)
     assert list(watched.folders()) == ["b", "runs/a", "runs/deep/c"]
     assert {run["name"]: run["given"] for run in watched.told()} == {"b": True, "runs/a": False, "runs/deep/c": False}
     write_run(tmp_path / "runs/later", steps=8)
-    assert "runs/later" in watched.folders()
+    assert "runs/later" in watched.folders() and "later" in Watched([tmp_path / "runs"]).folders()
 
 
 def test_a_run_is_told_with_its_state_and_its_alerts(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def asked(tmp_path: Path) -> Iterator[Any]:
 
 def test_the_server_tells_runs_and_series(asked: Any) -> None:
     runs = json.loads(asked("/api/runs")[2])["runs"]
-    assert [run["name"] for run in runs] == ["runs/base", "runs/rl<b>"]
-    told = json.loads(asked("/api/series?run=runs/base&x=tokens")[2])
+    assert [run["name"] for run in runs] == ["base", "rl<b>"]
+    told = json.loads(asked("/api/series?run=base&x=tokens")[2])
     assert told["rows"] == 20 and not told["more"] and told["series"]["loss/lm"]["x"][0] == 2048
-    zoomed = json.loads(asked("/api/series?run=runs/base&x=step&from=10&to=12.5")[2])
+    zoomed = json.loads(asked("/api/series?run=base&x=step&from=10&to=12.5")[2])
     assert zoomed["series"]["loss/lm"]["x"] == [8, 10, 12, 14]
     wanted = {key for panel in PANELS["pretrain"] for key in panel.keys} - {"optim/skipped_steps"}
     assert wanted <= told["series"].keys()
@@ -194,8 +194,8 @@ def test_pages_carry_policies_that_load_nothing_from_elsewhere(asked: Any) -> No
     assert not {"link", "img", "iframe"} & {tag for tag, _ in page.tags} and "http://www.w3.org/2000/svg" in source
     assert source.count("http") == 2  # the name of SVG, and `http-equiv`
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
-    name = quote("runs/rl<b>")
-    status, policy, source = asked(f"/report?run=runs/base&run={name}")
+    name = quote("rl<b>")
+    status, policy, source = asked(f"/report?run=base&run={name}")
     assert (status, policy) == (200, POLICY) and Page(source).count("a", href=f"samples?run={name}") == 1
     status, policy, source = asked(f"/samples?run={name}")
     assert status == 200 and policy == live.samples_page.POLICY and "rl&lt;b&gt;" in source
@@ -206,16 +206,16 @@ def test_only_runs_are_served_and_only_to_this_machine(asked: Any) -> None:
     for host in ("evil.example", "evil.example:80", "", "127.0.0.1.evil.example"):
         assert asked("/api/runs", host)[0] == 403
     assert asked("/", "localhost")[0] == 200
-    inside = ["..", "runs/..", "runs", "/etc", "secret", "runs/base/../../secret", "%00", "runs/base%00", "%ff"]
+    inside = ["..", "base/..", "runs", "/etc", "secret", "base/../../secret", "%00", "base%00", "%ff"]
     for name in inside:
         for page in ("api/series", "report", "samples"):
             status, _, body = asked(f"/{page}?run={name}")
             assert status == 404 and "secret" not in body
-    wrong = ["?", "?run=runs/base&run=runs/base", "?run=runs/base&x=__class__", "?run=runs/base&from=nan", "?from=1"]
+    wrong = ["?", "?run=base&run=base", "?run=base&x=__class__", "?run=base&from=nan", "?from=1"]
     assert [asked(f"/api/series{query}")[0] for query in wrong] == [404] * len(wrong)
     assert [asked(path)[0] for path in ("/secret", "/../secret", "/api", "/live.js", "//etc/passwd")] == [404] * 5
-    assert asked("/report?" + "&".join(["run=runs/base"] * 99))[0] == 404
-    assert asked("/samples?run=runs/base")[0] == 404  # it has none
+    assert asked("/report?" + "&".join(["run=base"] * 99))[0] == 404
+    assert asked("/samples?run=base")[0] == 404  # it has none
     assert asked("/api/runs", method="POST")[0] == 501
 
 
