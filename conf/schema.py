@@ -192,10 +192,29 @@ class OpsConfig:
 
 
 @dataclass(frozen=True)
+class AlertsConfig:
+    """Limits of train/alerts.py, over medians of `window` logged rows; 0 switches a limit off."""
+
+    on: bool = True
+    window: int = 5  # logged rows
+    kl_ref: float = 0.2  # nats a token of policy/kl_ref
+    kl_rise: float = 4.0  # times the window before; above a tenth of kl_ref
+    recall_drop: float = 0.1  # below the run's best, of what the indexer recalls or captures
+    mismatch_k3: float = 0.01  # nats a token between sampler and trainer
+    mismatch_rise: float = 10.0  # times the run's start; above a tenth of mismatch_k3
+    truncated: float = 0.3  # share of rollouts that their limit ended
+    skipped_steps: int = 1  # lost to the guards within the window
+
+
+@dataclass(frozen=True)
 class TrackerConfig:
     name: str = "wandb"  # wandb (offline where no WANDB_API_KEY is set) | none
     project: str = "winnow"
     run_name: str | None = None
+    table_every: int | None = None  # iterations between tables of samples; null: as often as table_rows allows
+    table_rows: int = 2000  # of a run's table, which lies in memory until it ends
+    table_chars: int = 2000  # of a text in it; the middle of a longer one is left out
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)  # also without a tracker
 
 
 @dataclass(frozen=True)

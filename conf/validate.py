@@ -18,6 +18,7 @@ from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
 from conf.validate_data import DATA_RULES
 from conf.validate_long import LONG_RULES
+from conf.validate_tracker import alert_limits
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 
@@ -548,6 +549,7 @@ RULES: tuple[Rule, ...] = (
     judge_url_is_safe,
     rl_weights,
     *LONG_RULES,
+    alert_limits,
 )
 
 

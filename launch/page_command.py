@@ -78,8 +78,9 @@ class Options:
         return self.out or self.runs[0] / "report"
 
 
-def parse(arguments: list[str], name: str) -> Options:
-    """The command line of launch/NAME.py. Raises UserError, one line, for what it does not know."""
+def parse(arguments: list[str], name: str, live: bool = False) -> Options:
+    """The command line of launch/NAME.py; `live`: what it serves is written nowhere and needs no run named. Raises
+    UserError, one line, for what it does not know."""
     options, rest = Options(), list(arguments)
     while rest:
         word = rest.pop(0)
@@ -93,18 +94,30 @@ def parse(arguments: list[str], name: str) -> Options:
             raise UserError(f"unknown setting {word}: {nearest(word.split('=')[0] + '=', ['out='])}")
         else:
             options.runs.append(Path(word))
-    if not options.runs:
+    if not options.runs and not (live and options.port is not None):
         raise UserError(f"no run given: python launch/{name}.py RUN [RUN ...] [out=FOLDER] [--serve [PORT]]")
+    if live and options.port is not None and options.out is not None:
+        raise UserError(f"out={options.out} with --serve: what is served is written nowhere; give one of them")
     return options
 
 
-def run_command(arguments: list[str], name: str, said: str | None, write: Callable[[list[Path], Path], Path]) -> int:
-    """The whole command; `said` is its help, `write`: (runs, folder) -> path of the page."""
+def run_command(
+    arguments: list[str],
+    name: str,
+    said: str | None,
+    write: Callable[[list[Path], Path], Path],
+    live: Callable[[list[Path], int], None] | None = None,
+) -> int:
+    """The whole command; `said` is its help, `write`: (runs, folder) -> path of the page, `live`: serves (runs, port)
+    itself in place of the written page's folder."""
     if "--help" in arguments or "-h" in arguments:
         print(said)
         return 0
     try:
-        options = parse(arguments, name)
+        options = parse(arguments, name, live is not None)
+        if live is not None and options.port is not None:
+            live(options.runs or [Path("runs")], options.port)
+            return 0
         path = write(options.runs, options.folder)
         print(path, flush=True)
         if options.port is not None:

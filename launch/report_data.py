@@ -16,11 +16,13 @@ from typing import Any
 import yaml
 
 from conf.errors import UserError
+from train import alerts
 from train.metrics import FILE_NAME, Value, read_metrics
 
 LARGEST_FILE = 4 * 2**20  # bytes of a config, evaluation or error file that are worth reading
 SAMPLES_HEAD, SAMPLES_TAIL = 64 * 2**10, 512 * 2**10  # bytes read at either end of samples.jsonl
 FIRST_SAMPLES, LAST_SAMPLES = 2, 4
+MOST_ALERTS = 20
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     evaluation: dict[str, Any] = field(default_factory=dict)  # dotted or slashed key -> number or text
     samples: list[dict[str, Any]] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)  # what train/alerts.py said, one line each
     error: str = ""
     preempted: bool = False
     notes: list[str] = field(default_factory=list)
@@ -116,6 +119,22 @@ def _yaml(source: str) -> Any:
     return yaml.load(source, _NoAliases)  # a SafeLoader: plain values only
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml as dotted key -> value; empty where there is none or it is damaged."""
+    return _parsed(Run("", folder, []), "config.yaml", ".", _yaml)
+
+
+def read_error(folder: Path) -> str:
+    return (_read(Run("", folder, []), "error.txt") or "").strip()
+
+
+def read_alerts(folder: Path) -> list[str]:
+    """The newest alerts of a run, oldest first, as lines to show."""
+    lines = (_read(Run("", folder, []), alerts.FILE_NAME) or "").encode().splitlines()
+    found = json_lines(lines[-MOST_ALERTS:])
+    return [f"step {row.get('step')}: {row['text']}" for row in found if isinstance(row.get("text"), str)]
+
+
 def json_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """The objects among the lines."""
     found = []
@@ -164,6 +183,7 @@ def load_run(folder: Path, name: str) -> Run:
     run.config = _parsed(run, "config.yaml", ".", _yaml)
     run.evaluation = _parsed(run, "evaluation.json", "/", json.loads)
     run.samples = _samples(folder / "samples.jsonl")
+    run.alerts = read_alerts(folder)
     run.error = (_read(run, "error.txt") or "").strip()
     run.preempted = (folder / "preempted").exists()
     return run

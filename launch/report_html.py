@@ -74,10 +74,10 @@ def asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def policy_for(script: str) -> str:
-    """The content policy of a page that may run this script and no other."""
+def policy_for(script: str, asks: bool = False) -> str:
+    """The content policy of a page that may run this script and no other; `asks`: it may ask its own server."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"{POLICY}; script-src 'sha256-{digest}'"
+    return f"{POLICY}; script-src 'sha256-{digest}'" + ("; connect-src 'self'" if asks else "")
 
 
 def json_block(data: Any) -> str:
@@ -86,9 +86,9 @@ def json_block(data: Any) -> str:
     return f'<script type="application/json" id="{DATA_ID}">{source}</script>'
 
 
-def document(title: str, body: str, css: str = "", script: str = "") -> str:
+def document(title: str, body: str, css: str = "", script: str = "", asks: bool = False) -> str:
     """The whole page around `body`; `title` may come from outside, `css` and `script` are ours."""
-    policy = policy_for(script) if script else POLICY
+    policy = policy_for(script, asks) if script else POLICY
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

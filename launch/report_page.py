@@ -150,6 +150,7 @@ def header(runs: list[Run], anchors: list[tuple[str, str]]) -> str:
     lead = " · ".join(dict.fromkeys(stages)) if stages else ""
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name in anchors)
     alarms = "".join(f'<p class="alarm">{text(run.name)}: {text(run.error)}</p>' for run in runs if run.error)
+    alarms += "".join(f'<p class="alarm">{text(run.name)}, {text(said)}</p>' for run in runs for said in run.alerts)
     notes = "".join(f'<p class="notes">{text(run.name)}: {text(note)}</p>' for run in runs for note in run.notes)
     return (
         f'<header><p class="brand">Winnow</p><h1>{text(title)}</h1><p class="lead">{text(lead)}</p>'

@@ -31,7 +31,7 @@ from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
 from rl.rollout.tool_loop import ToolLoop
 from rl.rollouts import Rollouts
-from rl.samples import COLUMNS, TABLE, SamplesWriter, cells, places_shown, sample_rows
+from rl.samples import COLUMNS, MOST_ROWS, TABLE, SamplesWriter, cells, places_shown, sample_rows
 from rl.summary import (
     add_over_ranks,
     domain_kl,
@@ -49,6 +49,7 @@ from train.guards import Guard
 from train.optim import build_optimizer, rates, select_trainable
 from train.precision import autocast_dtype
 from train.run import RunContext
+from train.tracker import table_due
 
 
 def run(context: RunContext) -> None:
@@ -298,17 +299,22 @@ def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
 def open_samples(context: RunContext, state: TrainState) -> SamplesWriter:
     """samples.jsonl, cut back to where the run goes on, and the tracker's table with the same rows."""
     writer = SamplesWriter(context.folder, None if context.resumed is None else state.step)
-    context.tracker.restore_table(TABLE, COLUMNS, writer.table())
+    context.tracker.restore_table(TABLE, COLUMNS, (row for row in writer.table() if in_table(context, row[0])))
     return writer
 
 
+def in_table(context: RunContext, step: int) -> bool:
+    return table_due(context.config.tracker, step, context.config.train.steps, MOST_ROWS)
+
+
 def show(context: RunContext, writer: SamplesWriter | None, experience: Experience, step: int) -> None:
-    """A few of rank 0's samples into samples.jsonl and the tracker's table."""
+    """A few of rank 0's samples into samples.jsonl, and now and then into the tracker's table."""
     if writer is None:
         return
     rows = sample_rows(experience, context.tokenizer(), context.config.rl)
     writer.write(step, rows)
-    context.tracker.table(TABLE, step, COLUMNS, [cells(row) for row in rows])
+    if in_table(context, step):
+        context.tracker.table(TABLE, step, COLUMNS, [cells(row) for row in rows])
 
 
 def finish_iteration(

@@ -35,6 +35,7 @@ COLUMNS = (  # of the table: all but the lists over tokens
     *("max_log_ratio", "clip_frac", "off_policy_kl", "off_policy_masked"),
 )
 SHOWN_PROMPTS, SHOWN_GROUP = 8, 8  # one sample of each of so many prompts, and so many of one group
+MOST_ROWS = SHOWN_PROMPTS + SHOWN_GROUP  # of an iteration
 
 
 def shown_samples(experience: Experience) -> list[Sample]:

@@ -35,13 +35,8 @@ ONLY_IN = {
 }
 NEVER_IN = {"conf": {"torch"}}  # whatever runs before a model is built
 NOT_FROM = {"rl": {"train.loop"}}  # rl has a loop of its own
-WHERE_USED = {
-    "triton",
-    "wandb",
-    "matplotlib",
-    "mcp",
-    "datasketch",
-}  # optional or slow: inside the function that needs them
+# optional or slow: inside the function that needs them
+WHERE_USED = {"triton", "wandb", "wandb_workspaces", "matplotlib", "mcp", "datasketch"}
 KERNEL_FILE = "kernel.py"  # model/ops/*/kernel.py is imported where it is used, so triton may head it
 LIGHT = {  # rooms whose import needs torch alone
     "model": {"accelerate", "datasets", "deepspeed", "hydra", "safetensors", "tokenizers", "transformers", "wandb"},

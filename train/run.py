@@ -27,11 +27,12 @@ from conf.schema import RunConfig
 from conf.validate import check, flatten, warnings
 from model import Transformer
 from train import checkpoint, distributed
+from train.alerts import AlertWriter
 from train.checkpoint import TrainState
 from train.engine import Engine
 from train.guards import Guard
 from train.hang import Watchdog
-from train.metrics import MetricsWriter
+from train.metrics import MetricsWriter, read_metrics
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
 from train.parallel.zero3 import Zero3
@@ -89,6 +90,7 @@ class RunContext:
         self.saver = Saver(self.folder, config.train.keep_checkpoints, config.train.async_save)
         self._signalled = False
         self.writer: MetricsWriter | None = None
+        self.alerts: AlertWriter | None = None
         self.tracker = Tracker()
         self._tokenizer: Any = None
 
@@ -118,6 +120,7 @@ class RunContext:
         save_yaml(self.config, self.folder / "config.yaml")
         step = None if self.resumed is None else checkpoint.read_state(self.resumed).step
         self.writer = MetricsWriter(self.folder, step)
+        self.alerts = AlertWriter(self.folder, self.config.tracker.alerts, read_metrics(self.writer.path)[0])
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.watchdog.__exit__()
@@ -272,10 +275,15 @@ class RunContext:
         return step in (1, self.config.train.steps) or step % self.config.train.log_every == 0
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """One row into metrics.jsonl and the tracker; all ranks call it (the peak memory is the largest rank's)."""
+        """One row into metrics.jsonl and the tracker, and the alerts it brings; all ranks call it (the peak memory is
+        the largest rank's)."""
         full = {**row, "perf/peak_memory_bytes": int(distributed.max_over_ranks(peak_memory_bytes(self.device)))}
-        if self.writer is not None:
-            self.tracker.log(step, self.writer.write(step, full))
+        if self.writer is not None and self.alerts is not None:
+            written = self.writer.write(step, full)
+            self.tracker.log(step, written)
+            for alert in self.alerts.see(written):
+                self.say(f"alert at step {step}: {alert.text}")
+                self.tracker.alert(alert.rule, f"step {step}: {alert.text}", alert.level)
 
     def save_due(self, step: int) -> bool:
         return step % self.config.train.save_every == 0 or step >= self.config.train.steps

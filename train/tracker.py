@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ class Tracker:
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records one metrics row (key -> finite number or None). `step` never goes back."""
 
+    def alert(self, title: str, text: str, level: str = "warn") -> None:
+        """Tells whoever follows the run (W&B: a mail or a message, as its user has set it). `level`: warn | error."""
+
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Adds rows to the table `name`, which has a leading column `step`; its columns stay as first given.
 
-        All rows of a run are kept in memory until it ends: give a few samples a step, not all of them.
+        All rows of a run are kept in memory until it ends: past `tracker.table_rows` none is added, and of texts longer
+        than `tracker.table_chars` the middle is left out. `table_due` spreads them over the run.
         """
 
     def restore_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -76,17 +81,21 @@ class WandbTracker(Tracker):
         self._wandb = wandb
         self._tables: dict[str, Any] = {}
         self._offline = mode == "offline"
+        self._table_rows, self._table_chars = cfg.table_rows, cfg.table_chars
         self.where = str(self._run.url) if mode == "online" else f"W&B {mode}, in {folder}"
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         # A resumed run repeats the steps after its checkpoint; W&B keeps the first, which a bit-equal resume repeats.
         self._run.log({key: value for key, value in row.items() if value is not None and key != "step"}, step=step)
 
+    def alert(self, title: str, text: str, level: str = "warn") -> None:
+        self._run.alert(title=title, text=text, level=level.upper())
+
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         if not rows or step < self._run.starting_step:  # a resumed run repeats it, W&B has it
             return
-        self._fill(name, columns, ([step, *row] for row in rows))
-        self._run.log({name: self._tables[name]}, step=step)
+        if self._fill(name, columns, ([step, *row] for row in rows)):
+            self._run.log({name: self._tables[name]}, step=step)
 
     def restore_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         # W&B's server knows the increments that a resumed run goes on from. Offline nobody does: a new attempt's table
@@ -94,17 +103,37 @@ class WandbTracker(Tracker):
         if self._offline:
             self._fill(name, columns, rows)
 
-    def _fill(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def _fill(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+        """-> how many rows there was room for."""
         if name not in self._tables:
             # Incremental: each log uploads the new rows only and none replaces an earlier one.
             names: list[str | int] = ["step", *columns]
             self._tables[name] = self._wandb.Table(columns=names, log_mode="INCREMENTAL", allow_mixed_types=True)
-        for row in rows:
+        table = self._tables[name]
+        before = len(table.data)
+        for row in islice(rows, self._table_rows - before):
             assert len(row) == len(columns) + 1, f"table {name}: {len(row) - 1} values for {len(columns)} columns"
-            self._tables[name].add_data(*redact(list(row)))
+            # Cut after keys are taken out: half a key is none to `redact`, and still half of one.
+            table.add_data(*(shortened(value, self._table_chars) for value in redact(list(row))))
+        return len(table.data) - before
 
     def finish(self, exit_code: int = 0) -> None:
         self._run.finish(exit_code=exit_code)
+
+
+def table_due(cfg: TrackerConfig, step: int, steps: int, most_rows: int) -> bool:
+    """Whether the run's tables take rows of `step`: the first, the last, and every `table_every`-th; null there is as
+    often as `table_rows` hold `most_rows` a step, for a run of `steps`."""
+    every = cfg.table_every or max(1, -(-steps // max(1, cfg.table_rows // most_rows - 2)))
+    return step in (1, steps) or step % every == 0
+
+
+def shortened(value: Any, chars: int) -> Any:
+    """A text with its middle left out where it is longer than `chars`; anything else as it is."""
+    if not isinstance(value, str) or len(value) <= chars:
+        return value
+    head, tail = chars - chars // 3, chars // 3  # what was answered stands at the end
+    return f"{value[:head]} … {len(value) - chars} characters … {value[len(value) - tail :]}"
 
 
 def _run_id(path: Path, resume: bool) -> str:

@@ -41,6 +41,14 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
         ("rl.top_p=0", "rl.top_p=0 is outside (0, 1]: give a value inside"),
         ("rl.temperature=0", "rl.temperature=0 is outside (0, inf): give a value inside"),
         ("rl.pretrain_tokens=0", "rl.pretrain_tokens=0 is outside (0, inf): give a value inside"),
+        (
+            "tracker.alerts.truncated=1.5",
+            "tracker.alerts.truncated=1.5 is no share: give a value in [0, 1], 0 is off",
+        ),
+        (
+            "tracker.alerts.kl_rise=0.5",
+            "tracker.alerts.kl_rise=0.5 is no rise: give a factor above 1, 0 is off",
+        ),
         ("rl.beta=-0.1", "rl.beta=-0.1 is outside [0, inf): give a value inside"),
         ("data.source=file data.path=x", "data.source=file is not known: did you mean files?"),
         ("kernels=trition", "kernels=trition is not known: did you mean triton?"),

@@ -74,12 +74,14 @@ def test_hostile_text_is_shown_and_never_acts(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(json.dumps({"stage": ATTACK, ATTACK: ATTACK}))
     (run / "evaluation.json").write_text(json.dumps({ATTACK: ATTACK, f"layer_1/{ATTACK}": 1.0}))
     (run / "error.txt").write_text(ATTACK)
+    (run / "alerts.jsonl").write_text(json.dumps({"step": 7, "text": ATTACK}) + '\n{"step": 8, "text": 1}\n{"torn')
     rows = [{"step": i, ATTACK: 0.5, f"indexer/layer_01/{ATTACK}": 0.1 * i} for i in (1, 2)]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source, page = rendered([run, write_run(tmp_path / "plain")], tmp_path / "out", summary={ATTACK: {ATTACK: ATTACK}})
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.open == [] and page.unbalanced == []
+    assert "step 7: &lt;/pre&gt;&lt;script&gt;" in source and "step 8:" not in source  # an alert is one line of text
     assert source.count("&lt;script&gt;alert(1)") >= 10 and "&lt;script&gt;alert(0)" in source
 
 

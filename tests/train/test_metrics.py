@@ -17,7 +17,7 @@ from conf.errors import UserError
 from conf.schema import TrackerConfig
 from train.metrics import MetricsWriter, read_metrics
 from train.progress import Progress, duration
-from train.tracker import Tracker, WandbTracker, make_tracker
+from train.tracker import Tracker, WandbTracker, make_tracker, table_due
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -124,6 +124,7 @@ def rows(step):
 earlier = [[step, *row] for step in range(1, first) for row in rows(step)]
 tracker.restore_table("rollouts", ["prompt", "reward"], earlier)
 for step in (first, first + 1):
+    tracker.alert("kl_rising", f"step {{step}}: too far", "warn")
     tracker.log(step, {{"step": step, "loss/lm": 1.0 / step, "indexer/layer_03/kl": 0.25, "lost": None}})
     tracker.table("rollouts", step, ["prompt", "reward"], rows(step))
 tracker.finish()
@@ -158,6 +159,8 @@ def test_wandb_offline_writes_records_and_resumes_without_network_noise_or_keys(
         (step, pytest.approx(1 / step), 0.25) for step in (1, 2, 3, 4)
     ]
     assert not any("lost" in item for item in history)
+    alerts = [record["alert"] for record in read if record["type"] == "alert"]
+    assert [alert["text"] for alert in alerts] == [f"step {step}: too far" for step in (1, 2, 3, 4)]
     # Each step's table is an increment of its own that names those before it in its attempt.
     assert [item["rollouts.increment_num"] for item in history] == [0, 1, 0, 1]
     assert [len(item["rollouts.previous_increments_paths"]) for item in history] == [0, 1, 0, 1]
@@ -173,6 +176,7 @@ def test_online_the_server_keeps_the_tables_of_earlier_attempts() -> None:
     logged: list[tuple[int, int]] = []
     tracker = WandbTracker.__new__(WandbTracker)
     tracker._wandb, tracker._tables, tracker._offline = wandb, {}, False
+    tracker._table_rows, tracker._table_chars = 100, 100
     tracker._run = SimpleNamespace(  # type: ignore[assignment]
         starting_step=5, log=lambda row, step: logged.append((step, len(row["rollouts"].data)))
     )
@@ -244,3 +248,30 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_where_disabled() -> None:
 @pytest.mark.parametrize("seconds, shown", [(0.4, "0s"), (59.6, "1m00s"), (7500, "2h05m"), (273600, "3d04h")])
 def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_a_table_is_bounded_in_rows_and_in_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("MY_API_TOKEN", SECRET)
+    logged: list[int] = []
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker._wandb, tracker._tables, tracker._offline = wandb, {}, False
+    tracker._table_rows, tracker._table_chars = 5, 30
+    tracker._run = SimpleNamespace(starting_step=0, log=lambda row, step: logged.append(step))  # type: ignore[assignment]
+    for step in (1, 2, 3, 4):
+        tracker.table("samples", step, ["text"], [["a" * 99 + "the end"], ["x" * 25 + SECRET]])
+    rows = tracker._tables["samples"].data
+    assert [row[0] for row in rows] == [1, 1, 2, 2, 3] and logged == [1, 2, 3]
+    assert rows[0][1] == "a" * 20 + " … 76 characters … aaathe end"
+    assert not any(SECRET[:6] in str(row) for row in rows)  # no half of a key either
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(10, 2000), (1000, 2000), (100_000, 2000), (100_000, 100), (7, 1)])
+def test_tables_are_spread_over_the_run_and_end_with_it(steps: int, rows: int) -> None:
+    due = [step for step in range(1, steps + 1) if table_due(TrackerConfig(table_rows=rows), step, steps, 16)]
+    assert due[0] == 1 and due[-1] == steps and (16 * len(due) <= rows or len(due) == 2 or rows < 64)
+    gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+    assert max(gaps) <= max(1, 2 * 16 * steps / rows + 1) or rows < 64
+    every = TrackerConfig(table_every=3)
+    assert [step for step in range(1, 11) if table_due(every, step, 10, 16)] == [1, 3, 6, 9, 10]
