@@ -16,6 +16,7 @@ from typing import Any
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
+from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.loss_mean": ("sequence", "token"),
     "rl.kl_estimator": ("unbiased", "k3"),
     "rl.old_logprobs": ("sampler", "trainer"),
+    "eval.compare_attention": ("dense", "sparse"),
 }
 
 MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
@@ -542,6 +544,7 @@ RULES: tuple[Rule, ...] = (
     judge_url_is_safe,
     rl_weights,
     *LONG_RULES,
+    *EVAL_RULES,
 )
 
 
@@ -591,6 +594,7 @@ def warnings(config: RunConfig) -> list[str]:
     optim, steps = config.optim, config.train.steps
     if config.stage != "evaluate" and optim.warmup_steps >= steps:
         found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")
+    found += eval_warnings(config)
     return found
 
 

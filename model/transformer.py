@@ -268,6 +268,13 @@ class Transformer(nn.Module):
             return checkpoint(layer, x, *table, request, use_reentrant=False)
         return layer(x, *table, request)
 
+    def hidden(self, input_ids: Tensor, doc_start: Tensor, attention: str) -> Tensor:
+        """One packed sequence [T] -> the normed states [T, D] that `lm_head` reads."""
+        positions = (torch.arange(len(input_ids), device=input_ids.device) - doc_start).clamp(min=0)
+        table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
+        request = _Request(Context.whole(doc_start), attention, None, False)
+        return self._trunk(input_ids, table, request, _Collector())
+
     def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
         """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T,
         V]."""
@@ -276,13 +283,8 @@ class Transformer(nn.Module):
         if attention not in ("dense", "sparse"):
             raise ValueError(f"attention must be 'dense' or 'sparse', got {attention!r}")
         starts = torch.zeros_like(input_ids) if doc_start is None else doc_start.view_as(input_ids)
-        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        out = []
-        for ids, start in zip(input_ids, starts, strict=True):
-            table = rope_table(self.config.rope, self.config.qk_rope_head_dim, (rows - start).clamp(min=0))
-            request = _Request(Context.whole(start), attention, None, False)
-            out.append(self.lm_head(self._trunk(ids, table, request, _Collector())))
-        return torch.stack(out)
+        pairs = zip(input_ids, starts, strict=True)
+        return torch.stack([self.lm_head(self.hidden(ids, start, attention)) for ids, start in pairs])
 
     @property
     def first_expert(self) -> int:

@@ -14,8 +14,8 @@ def new_sums(topk: int | None, like: Tensor) -> dict[str, Tensor]:
 
 
 def selection_rows(scores: Tensor, p: Tensor, hidden: Hidden, topk: int, scratch: Scratch) -> Tensor:
-    """What the top-k of `scores` is worth in each row, [3, rows]: p inside it, p inside the best possible selection, and
-    the number of keys that both have. Arguments as `learn_block`; ties go to the lowest index in both."""
+    """What the top-k of `scores` is worth in each row, [3, rows]: p inside it, p inside the best possible selection,
+    and the number of keys that both have. Arguments as `learn_block`; ties go to the lowest index in both."""
     rows, keys = p.shape
     chosen = select_topk(scores, topk)[0]
     seen = scratch("seen", rows, keys).copy_(p)
