@@ -167,16 +167,15 @@ class Report:
 
     def by_topk(self) -> list[Row]:
         """Rows for every selection size that was run: its loss against dense attention's, and its worth over all
-        layers; first of all buckets together (`all` 1), then of each."""
+        layers; first of all buckets together (`all` 1), then of each. At least one bucket must be filled."""
         rows = []
         for place, topk in sorted(enumerate(self.sums.topks), key=lambda pair: pair[1]):
             name = "sparse" if place == 0 else f"sparse@{topk}"
-            for which in [self.filled, *([i] for i in self.filled)]:
-                if which:
-                    row: Row = {"k": topk, "from": self.buckets[which[0]][0], "to": self.buckets[which[-1]][1]}
-                    row["all"] = int(which is self.filled)
-                    row |= self.difference(slice(which[0], which[-1] + 1), name, "dense")
-                    rows.append(row | self._worth(slice(None), place, which))
+            for number, which in enumerate([self.filled, *([i] for i in self.filled)]):
+                row: Row = {"k": topk, "from": self.buckets[which[0]][0], "to": self.buckets[which[-1]][1]}
+                row["all"] = int(number == 0)
+                row |= self.difference(slice(which[0], which[-1] + 1), name, "dense")
+                rows.append(row | self._worth(slice(None), place, which))
         return rows
 
     def _worth(self, layers: slice, place: int, buckets: list[int]) -> Row:
