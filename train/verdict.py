@@ -83,7 +83,7 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
     parity = found.get("short_context")
     if parity:
         high, low = parity["high"], parity["low"]
-        within = None if high is None else bool(high <= margin and low >= -margin)
+        within = _within(low, high, margin)
         result["short_context_holds"] = within
         said = {True: "the same", False: "not the same", None: "undecided"}[within]
         words.append(
@@ -108,6 +108,19 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
     return result | {"words": " ".join(words)}
 
 
+def _held(loss: Mapping[str, Any]) -> str:
+    return f" (surely within it up to {loss['holds_up_to']:,})" if loss["holds_up_to"] else ""
+
+
+def _within(low: float | None, high: float | None, margin: float) -> bool | None:
+    """Whether the interval lies within the margin on both sides; None where it cannot be told."""
+    if low is None or high is None:
+        return None
+    if -margin <= low and high <= margin:
+        return True
+    return False if low > margin or high < -margin else None
+
+
 def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f", {LEVEL:.0%} interval {low:+.4f} to {high:+.4f}"
 
@@ -120,7 +133,7 @@ def _loss_words(rows: Rows, loss: Mapping[str, Any], margin: float, prefix: str,
         found = f"{row[f'{prefix}difference']:+.4f} nats a token{bounds}"
         return (
             f"Sparse attention departs from {than} at {row['from']:,} tokens of context: {found} for {row['from']:,} to"
-            f" {row['to']:,}, above the margin of {margin:g}."
+            f" {row['to']:,}, above the margin of {margin:g}{_held(loss)}."
         )
     if not loss["undecided_in"]:
         return (

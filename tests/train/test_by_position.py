@@ -186,6 +186,7 @@ def test_a_model_made_wrong_beyond_a_position_departs_there() -> None:
     assert found["departs_at"] == 17 and found["departs_in"] == [[17, 32], [33, 48]]
     assert found["holds_up_to"] == 16 and found["undecided_in"] == [] and found["short_context_holds"] is True
     assert "departs from dense attention at 17 tokens of context: +0.2000" in found["words"]
+    assert "surely within it up to 16" in found["words"]
 
 
 def test_equal_models_do_not_depart() -> None:

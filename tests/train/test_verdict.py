@@ -101,3 +101,13 @@ def test_the_smallest_k_that_would_do() -> None:
     assert enough_topk(rows[:2], 0.01) is None
     words = verdict({"loss_by_topk": rows}, 0.01)["words"]
     assert words == "Of the k tried, 64 would have been enough."
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds", "said"),
+    [(-0.001, 0.002, True, ": the same"), (0.02, 0.03, False, ": not the same"), (-0.4, 0.5, None, ": undecided")]
+    + [(0.005, 0.02, None, ": undecided"), (None, None, None, ": undecided")],
+)
+def test_parity_of_short_context(low: float | None, high: float | None, holds: bool | None, said: str) -> None:
+    found = verdict({"short_context": {"up_to": 512, "difference": 0.0, "low": low, "high": high}}, 0.01)
+    assert found["short_context_holds"] is holds and said in found["words"]
