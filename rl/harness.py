@@ -208,8 +208,13 @@ def run_harness(
         loglikelihood_rolling = staticmethod(model.loglikelihood_rolling)
         generate_until = staticmethod(model.generate_until)
 
-    manager = TaskManager(include_path=path)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    def unknown_to(manager: Any) -> list[str]:
+        return [task for task in tasks if not manager.match_tasks([task])]
+
+    manager = TaskManager(include_path=path, include_defaults=path is None)
+    if path is not None and unknown_to(manager):  # some are the harness's own, thousands of files that take their time
+        manager = TaskManager(include_path=path)
+    unknown = unknown_to(manager)
     if unknown:
         raise UserError(
             f"eval.harness={unknown[0]} is no task of the harness: give eval.harness_path=FOLDER if it is yours"
