@@ -22,7 +22,10 @@ def run(**changes: Any) -> RunConfig:
     [
         ({"k_sweep": (64, 0)}, "eval.k_sweep=0 is too small: give 1 or more"),
         ({"k_sweep": (64, 64)}, "eval.k_sweep names 64 2 times: give it once"),
-        ({"k_sweep": (64,), "by_position": False}, "eval.k_sweep is measured by position: add eval.by_position=true"),
+        (
+            {"k_sweep": (64,), "by_position": False},
+            "eval.k_sweep has nothing to measure: give eval.by_position=true, or",
+        ),
         ({"speed_lengths": (32768,)}, "eval.speed_lengths=32768 and 16 decoded tokens are past"),
         ({"compare_with": " "}, "eval.compare_with is empty"),
         ({"compare_with": "z", "by_position": False}, "eval.compare_with is compared by position"),
