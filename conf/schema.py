@@ -375,13 +375,23 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What the evaluate stage measures beside held-out losses: long-context tasks, dense against sparse attention."""
+    """What the evaluate stage measures beside held-out losses and accuracy: docs/evaluation.md."""
 
+    by_position: bool = True  # losses, recall and overlap by how much context a token has
+    margin: float = 0.01  # nats a token that sparse attention may lose before it counts as a departure
+    short_context: int = 512  # tokens of context up to which parity is judged
+    buckets_per_octave: int = 1  # of context; 2: half octaves
     tasks: tuple[str, ...] = ()  # TASK or TASK:LEVEL of data/tasks/long
     lengths: tuple[int, ...] = ()  # tokens of a problem, answer included; none: data.seq_len
     depths: int = 5  # places of the needle, from the first to the last of the context, evenly
     problems: int = 20  # held-out problems of every task, length and depth
-    k_sweep: tuple[int, ...] = ()  # accuracy of the tasks with these in place of model.index_topk as well
+    k_sweep: tuple[int, ...] = ()  # losses and tasks with these in place of model.index_topk as well
+    compare_with: str | None = None  # another run or Hugging Face folder, on the same tokens
+    compare_attention: str = "dense"  # dense | sparse: what the other one attends with
+    speed_lengths: tuple[int, ...] = ()  # tokens of context behind which prefill and decoding are timed
+    harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness (pip install 'winnow[harness]')
+    harness_path: str | None = None  # a folder with task files (YAML) of your own
+    harness_limit: int | None = None  # problems of each task; null: all
 
 
 @dataclass(frozen=True)

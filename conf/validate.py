@@ -17,6 +17,7 @@ from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
 from conf.validate_data import DATA_RULES
+from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
 from conf.validate_tracker import alert_limits
 
@@ -47,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.loss_mean": ("sequence", "token"),
     "rl.kl_estimator": ("unbiased", "k3"),
     "rl.old_logprobs": ("sampler", "trainer"),
+    "eval.compare_attention": ("dense", "sparse"),
 }
 
 MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size and starts at 1
@@ -550,6 +552,7 @@ RULES: tuple[Rule, ...] = (
     rl_weights,
     *LONG_RULES,
     alert_limits,
+    *EVAL_RULES,
 )
 
 
@@ -599,6 +602,7 @@ def warnings(config: RunConfig) -> list[str]:
     optim, steps = config.optim, config.train.steps
     if config.stage != "evaluate" and optim.warmup_steps >= steps:
         found.append(f"optim.warmup_steps={optim.warmup_steps} is not below train.steps={steps}: lr never peaks")
+    found += eval_warnings(config)
     return found
 
 

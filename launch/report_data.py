@@ -106,6 +106,12 @@ def _shown(value: Any) -> Any:
     return str(value) if isinstance(value, int) and abs(value) >= 2**63 else value
 
 
+def _numbers(source: str) -> Any:
+    """evaluation.json without its tables and verdict, which have a page of their own (launch/evaluation.py)."""
+    found = json.loads(source)
+    return {k: v for k, v in found.items() if not isinstance(v, dict | list)} if isinstance(found, dict) else found
+
+
 class _NoAliases(yaml.SafeLoader):
     """YAML without references: a few hundred bytes of them can stand for gigabytes."""
 
@@ -181,7 +187,7 @@ def load_run(folder: Path, name: str) -> Run:
     if unreadable:
         run.notes.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {FILE_NAME} left out")
     run.config = _parsed(run, "config.yaml", ".", _yaml)
-    run.evaluation = _parsed(run, "evaluation.json", "/", json.loads)
+    run.evaluation = _parsed(run, "evaluation.json", "/", _numbers)
     run.samples = _samples(folder / "samples.jsonl")
     run.alerts = read_alerts(folder)
     run.error = (_read(run, "error.txt") or "").strip()

@@ -50,6 +50,19 @@ def run(argv: list[str]) -> None:
             else:
                 from rl.evaluate import run as runner
             runner(context)
+            if distributed.rank() == 0:
+                afterwards(context.config.stage, Path(loaded.config.output_dir))
+
+
+def afterwards(stage: str, folder: Path) -> None:
+    """The evaluation's page; after an adaptation, how to learn what it costs by length."""
+    if stage == "evaluate":
+        from launch.evaluation import write_evaluation
+
+        print(write_evaluation(folder, folder / "report"), flush=True)
+    elif stage == "sparse_adapt":
+        measure = f"torchrun launch/stage.py +stage=evaluate init_from={folder} output_dir={folder}_eval"
+        print(f"what sparse attention costs here, by length: {measure}", flush=True)
 
 
 def output_dir(argv: list[str]) -> Path | None:

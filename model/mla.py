@@ -126,6 +126,7 @@ class MLA(nn.Module):
         indexer_loss: str | None,
         stats: bool,
         replay: LayerReplay | None = None,
+        row_topk: tuple[int, ...] = (),
     ) -> tuple[Tensor, IndexKL | None, Tensor | None]:
         """x [R, D] after the input norm, cos/sin [R, rope/2] -> ([R, D], indexer loss or None, `selection_overlap` [2]
         where sparse attention has a record).
@@ -134,7 +135,7 @@ class MLA(nn.Module):
         """
         p = self.project(x, cos, sin)
         if attention == "dense":
-            return *self._dense(x, p, cos, sin, context, indexer_loss, stats), None
+            return *self._dense(x, p, cos, sin, context, indexer_loss, stats, row_topk), None
         return self._sparse(x, p, cos, sin, context, indexer_loss, stats, replay)
 
     def _rows(self, p: Projected, context: Context) -> tuple[Tensor, Tensor]:
@@ -152,6 +153,7 @@ class MLA(nn.Module):
         context: Context,
         indexer_loss: str | None,
         stats: bool,
+        row_topk: tuple[int, ...],
     ) -> tuple[Tensor, IndexKL | None]:
         latent, k_rope = self._rows(p, context)
         k_nope, v = self.kv_b_proj(latent, "expand").split([self.nope, self.v], -1)
@@ -185,6 +187,7 @@ class MLA(nn.Module):
                 topk,
                 rows[1],
                 self.settings,
+                row_topk=row_topk,
             )
             attended.append(found)
             return kl

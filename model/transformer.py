@@ -43,7 +43,8 @@ class ForwardOutput:
     balance: Tensor  # sequence-wise balance loss, summed over MoE layers
     indexer_kl: Tensor | None  # [L] sum over rows of the indexer's KL; differentiable
     expert_counts: Tensor  # [MoE layers, E] tokens routed
-    stats: dict[str, Tensor]  # [L] sums over rows: kl_uniform, mass, oracle_mass, rows
+    # [L] sums over rows: kl_uniform, mass, oracle_mass, rows; by_row [L, len(row_topk), 3, R] where it was asked for
+    stats: dict[str, Tensor]
     num_rows: Tensor  # real rows of the sequence
     replay: dict[str, Tensor]  # with a record: routes [MoE layers, 2], selection [L, 2] (see model/replay.py)
     greedy: Tensor | None = None  # [T] the likeliest token where there is a label, -1 elsewhere
@@ -58,6 +59,7 @@ class _Request:
     indexer_loss: str | None
     stats: bool
     replay: LayerReplay | None = None  # of the layer that is asked
+    row_topk: tuple[int, ...] = ()
 
 
 class _LayerReport(NamedTuple):
@@ -89,6 +91,7 @@ class Layer(nn.Module):
             request.indexer_loss,
             request.stats,
             request.replay,
+            request.row_topk,
         )
         x = x + attended
         h = self.post_attention_layernorm(x)
@@ -176,20 +179,23 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         kept: KeptSets | None = None,
         greedy: bool = False,
+        row_topk: tuple[int, ...] = (),
     ) -> ForwardOutput:
         """One packed sequence, or the rows of it that `context` describes; all tensors [R] int64 (see
         `data/packing.py`).
 
         attention: `dense` or `sparse` (top-k); indexer_loss: None, `dense` (all visible positions; needs dense
         attention) or `selected` (over S_t; needs sparse); trunk_grad False runs everything but the indexer's loss under
-        no_grad; stats adds the indexer's health sums; mtp False leaves the MTP modules out. Of a sampler: `replay` has
-        its choices in the trunk repeated, token_logprobs are at its `temperature` and over the words `kept` of [R].
-        greedy adds the likeliest token of each labelled row (logits of those rows alone are made).
+        no_grad; stats adds the indexer's health sums, and `row_topk`, under the dense loss, what selections of those
+        sizes are worth row by row (`by_row` of model/ops/index_kl_dense/op.py); mtp False leaves the MTP modules out.
+        Of a sampler: `replay` has its choices in the trunk repeated, token_logprobs are at its `temperature` and over
+        the words `kept` of [R]. greedy adds the likeliest token of each labelled row (logits of those rows alone are
+        made).
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
         context = context or Context.whole(doc_start)
-        request = _Request(context, attention, indexer_loss, stats)
+        request = _Request(context, attention, indexer_loss, stats, row_topk=row_topk)
         found = _Collector()
         mtp_logprobs = None
         # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer. What runs must not
@@ -262,6 +268,13 @@ class Transformer(nn.Module):
             return checkpoint(layer, x, *table, request, use_reentrant=False)
         return layer(x, *table, request)
 
+    def hidden(self, input_ids: Tensor, doc_start: Tensor, attention: str) -> Tensor:
+        """One packed sequence [T] -> the normed states [T, D] that `lm_head` reads."""
+        positions = (torch.arange(len(input_ids), device=input_ids.device) - doc_start).clamp(min=0)
+        table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
+        request = _Request(Context.whole(doc_start), attention, None, False)
+        return self._trunk(input_ids, table, request, _Collector())
+
     def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
         """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T,
         V]."""
@@ -270,13 +283,8 @@ class Transformer(nn.Module):
         if attention not in ("dense", "sparse"):
             raise ValueError(f"attention must be 'dense' or 'sparse', got {attention!r}")
         starts = torch.zeros_like(input_ids) if doc_start is None else doc_start.view_as(input_ids)
-        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        out = []
-        for ids, start in zip(input_ids, starts, strict=True):
-            table = rope_table(self.config.rope, self.config.qk_rope_head_dim, (rows - start).clamp(min=0))
-            request = _Request(Context.whole(start), attention, None, False)
-            out.append(self.lm_head(self._trunk(ids, table, request, _Collector())))
-        return torch.stack(out)
+        pairs = zip(input_ids, starts, strict=True)
+        return torch.stack([self.lm_head(self.hidden(ids, start, attention)) for ids, start in pairs])
 
     @property
     def first_expert(self) -> int:

@@ -123,17 +123,17 @@ def default_start(stage: Stage, root: Path = RUNS) -> str | None:
     )
 
 
-def weights_folder(init_from: str) -> Path:
+def weights_folder(init_from: str, key: str = "init_from") -> Path:
     """`init_from` (a Hugging Face folder or a run's output_dir) -> the folder that holds config.json."""
     given = Path(init_from)
     for folder in (given, given / "hf"):
         if (folder / "config.json").is_file():
             return folder
     if not given.exists():
-        raise UserError(f"init_from={init_from} does not exist: give a Hugging Face folder or the output_dir of a run")
+        raise UserError(f"{key}={init_from} does not exist: give a Hugging Face folder or the output_dir of a run")
     if (given / "config.yaml").is_file():
-        raise UserError(f"init_from={init_from} is a run that has not finished (no hf/): let it finish first")
-    raise UserError(f"init_from={init_from} holds no config.json and no hf/: give a Hugging Face folder or a run's")
+        raise UserError(f"{key}={init_from} is a run that has not finished (no hf/): let it finish first")
+    raise UserError(f"{key}={init_from} holds no config.json and no hf/: give a Hugging Face folder or a run's")
 
 
 def checkpoint_model(folder: Path, given: ModelConfig, overrides: frozenset[str]) -> ModelConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.ops.common import Hidden, Scratch, positions, query_blocks
 from model.ops.index_kl_dense import kernel
-from model.ops.index_kl_dense.loss import learn_block, new_sums
+from model.ops.index_kl_dense.loss import learn_block, new_sums, selection_rows
 from model.ops.mla_dense import kernel as attention
 from model.ops.settings import OpSettings
 
@@ -34,6 +34,7 @@ def attend_and_learn(
     with_grad: bool,
     settings: OpSettings,
     block: int | None = None,
+    row_topk: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, dict[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
     """As streaming.attend_and_learn; products run in the dtypes of q and q_index, whatever keys and values came in."""
     first, last = doc_start.int(), positions(doc_start, q_pos).int()
@@ -44,6 +45,8 @@ def attend_and_learn(
     )  # without values: the log-sum-exp alone
     out, lse = attention.forward(q, k, values, scale, first, last)
     sums = new_sums(topk, lse)
+    if row_topk:
+        sums["by_row"] = torch.zeros(len(row_topk), 3, q.shape[0], dtype=sums["kl"].dtype, device=q.device)
     gradients = None
     if with_grad:
         d_q, d_k, d_w = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q_index, k_index, w))
@@ -54,7 +57,10 @@ def attend_and_learn(
         window = first[b.rows], last[b.rows], b.key_start, b.key_stop
         scores = kernel.scores(q_b, k_index, w_b, *window)
         p = kernel.target(q[b.rows], k, lse_b, scale, *window)
-        d_scores = learn_block(sums, scores, p, Hidden(doc_start, q_pos, b), topk, scratch)
+        hidden = Hidden(doc_start, q_pos, b)
+        for place, count in enumerate(row_topk):
+            sums["by_row"][place, :, b.rows] = selection_rows(scores, p, hidden, count, scratch)
+        d_scores = learn_block(sums, scores, p, hidden, topk, scratch)
         if gradients is not None:
             gradients[0][b.rows], gradients[2][b.rows] = kernel.backward(
                 q_b, k_index, w_b, d_scores, b.key_start, gradients[1]

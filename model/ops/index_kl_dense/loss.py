@@ -13,6 +13,21 @@ def new_sums(topk: int | None, like: Tensor) -> dict[str, Tensor]:
     return {name: torch.zeros((), dtype=like.dtype, device=like.device) for name in names}
 
 
+def selection_rows(scores: Tensor, p: Tensor, hidden: Hidden, topk: int, scratch: Scratch) -> Tensor:
+    """What the top-k of `scores` is worth in each row, [3, rows]: p inside it, p inside the best possible selection,
+    and the number of keys that both have. Arguments as `learn_block`; ties go to the lowest index in both."""
+    rows, keys = p.shape
+    chosen = select_topk(scores, topk)[0]
+    seen = scratch("seen", rows, keys).copy_(p)
+    best = select_topk(hidden.fill(seen, -torch.inf), topk)[0]
+    marked = torch.zeros(rows * keys, dtype=torch.bool, device=p.device)
+    marked[chosen] = True
+    flat, found = p.view(-1), torch.zeros(3, rows, dtype=p.dtype, device=p.device)
+    for place, at, worth in ((0, chosen, flat[chosen]), (1, best, flat[best]), (2, best, marked[best].to(p.dtype))):
+        found[place].index_add_(0, at // max(keys, 1), worth)
+    return found
+
+
 def learn_block(
     sums: dict[str, Tensor], scores: Tensor, p: Tensor, hidden: Hidden, topk: int | None, scratch: Scratch
 ) -> Tensor:

@@ -38,19 +38,22 @@ def index_kl_dense(
     q_pos: Tensor | None = None,
     settings: OpSettings = DEFAULT,
     block: int | None = None,
+    row_topk: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, IndexKL]:
     """Dense attention's output and the sum over rows of KL(p || softmax(I)) in nats.
 
     Args: q [R, H, Dqk], k [S, H, Dqk], v [S, H, Dv] decompressed (constants here; v None: no output), scale of their
         softmax, q_index [R, Hi, di], k_index [S, di], w [R, Hi], doc_start [R]; `topk` asks for mass and oracle_mass of
-        that selection as well; q_pos [R]: positions of the rows among the keys (context parallelism; default 0, 1..).
-    Returns: [R, H, Dv] without gradient (rows that see nothing are 0) or None, and the loss.
+        that selection as well; q_pos [R]: positions of the rows among the keys (context parallelism; default 0, 1..);
+        row_topk: selections of other sizes, of which each row is asked.
+    Returns: [R, H, Dv] without gradient (rows that see nothing are 0) or None, and the loss; with row_topk its stats
+        hold by_row [len(row_topk), 3, R]: mass, oracle_mass, and the keys that both selections share.
     """
     inputs = [q_index, k_index, w]
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.no_grad(), no_autocast(q):
         out, sums, gradients = _form(settings).attend_and_learn(
-            q, k, v, scale, q_index, k_index, w, doc_start, q_pos, topk, with_grad, settings, block
+            q, k, v, scale, q_index, k_index, w, doc_start, q_pos, topk, with_grad, settings, block, row_topk
         )
     kl = sums.pop("kl")
     if gradients is not None:

@@ -22,6 +22,7 @@ class KLResult(NamedTuple):
     kl_uniform: Tensor  # [T] KL(p || uniform): what an indexer without information scores
     mass: Tensor | None  # [T] sum of p over the index top-k
     oracle_mass: Tensor | None  # [T] sum of the topk largest p
+    shared: Tensor | None  # [T] keys that the index top-k and the topk largest p have in common
 
 
 def kl_rows(p: Tensor, scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +53,10 @@ def index_kl_dense(
     scores = index_scores(q_index, k_index, w)
     kl, kl_uniform = kl_rows(p, scores, allowed)
     if topk is None:
-        return KLResult(kl, kl_uniform, None, None)
+        return KLResult(kl, kl_uniform, None, None, None)
     chosen = select_topk(scores.detach(), allowed, topk)
     mass = p.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0).sum(dim=-1)
     oracle_mass = p.topk(min(topk, p.shape[1]), dim=-1).values.sum(dim=-1)
-    return KLResult(kl, kl_uniform, mass, oracle_mass)
+    best = select_topk(p, allowed, topk)
+    shared = ((chosen.unsqueeze(2) == best.unsqueeze(1)) & (best >= 0).unsqueeze(1)).sum(dim=(1, 2))
+    return KLResult(kl, kl_uniform, mass, oracle_mass, shared)

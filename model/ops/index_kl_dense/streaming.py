@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.ops.common import MAX_ROWS, Block, Hidden, Scratch, compute_dtype, query_blocks
-from model.ops.index_kl_dense.loss import learn_block, new_sums
+from model.ops.index_kl_dense.loss import learn_block, new_sums, selection_rows
 from model.ops.index_topk.streaming import index_scores_block
 from model.ops.settings import DEFAULT, OpSettings
 
@@ -34,8 +34,10 @@ def attend_and_learn(
     with_grad: bool,
     settings: OpSettings = DEFAULT,
     block: int | None = None,
+    row_topk: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, dict[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
-    """-> attention's output [R, H, Dv] (None without v), the sums over rows, and the gradients of q_index, k_index, w.
+    """-> attention's output [R, H, Dv] (None without v), the sums over rows (and `by_row`, see op.py), and the
+    gradients of q_index, k_index, w.
 
     Args: q [R, H, Dqk], k [S, H, Dqk], v [S, H, Dv], q_index [R, Hi, di], k_index [S, di], w [R, Hi].
     """
@@ -47,6 +49,8 @@ def attend_and_learn(
     heads, index_heads = q.shape[1], q_index.shape[1]
     out = None if v is None else torch.zeros(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
     sums = new_sums(topk, qi)
+    if row_topk:
+        sums["by_row"] = torch.zeros(len(row_topk), 3, q.shape[0], dtype=sums["kl"].dtype, device=q.device)
     gradients = (torch.zeros_like(qi), torch.zeros_like(ki), torch.zeros_like(wi)) if with_grad else None
     bytes_per_pair = dtype.itemsize * (7 + 2 * index_heads)
     scratch = Scratch(dtype, q.device)
@@ -65,6 +69,8 @@ def attend_and_learn(
         p /= heads
         scores, products = index_scores_block(qi[b.rows], ki[b.keys], wi[b.rows], scratch)
         hidden.fill(scores, -torch.inf)
+        for place, count in enumerate(row_topk):
+            sums["by_row"][place, :, b.rows] = selection_rows(scores, p, hidden, count, scratch)
         d_scores = learn_block(sums, scores, p, hidden, topk, scratch)
         if gradients is not None:
             _add_gradients(gradients, d_scores, products, qi[b.rows], ki[b.keys], wi[b.rows], b, scratch)

@@ -34,4 +34,4 @@ def index_kl_selected(
         share = logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None]
         p = share.exp().masked_fill(~mask[:, None, :], 0.0).mean(dim=1)  # [T, T]
     kl, kl_uniform = kl_rows(p, index_scores(q_index, k_index, w), mask)
-    return KLResult(kl, kl_uniform, None, None)
+    return KLResult(kl, kl_uniform, None, None, None)

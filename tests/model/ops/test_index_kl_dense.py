@@ -92,6 +92,36 @@ def test_streaming_equals_reference(name, block, dtype):
         assert_close(a, b, f"gradient of input {position}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("block", [None, *BLOCKS])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_selections_are_worth_row_by_row(name, block, dtype):
+    doc_start = layout(name)
+    q, k, index = make_inputs(20, len(doc_start), dtype)
+    sizes = (1, 6, 1000)
+    found = index_kl_dense(q, k, SCALE, *index, doc_start, block=block, row_topk=sizes).stats["by_row"]
+    assert found.shape == (3, 3, len(doc_start))
+    for rows, topk in zip(found, sizes, strict=True):
+        expected = ref.index_kl_dense(q, k, SCALE, *index, doc_start, topk=topk)
+        for mine, theirs in zip(rows, (expected.mass, expected.oracle_mass, expected.shared), strict=True):
+            assert_close(mine, theirs.to(mine.dtype))
+
+
+def test_the_overlap_is_counted_by_hand():
+    """Row by row with sets, in words that share nothing with the code."""
+    doc_start = make_doc_start((7, 20), padding=2)
+    q, k, index = make_inputs(21, 29)
+    found = index_kl_dense(q, k, SCALE, *index, doc_start, row_topk=(4,)).stats["by_row"][0, 2]
+    scores, p = (
+        t.detach() for t in (index_scores(*index), attention_ref.attention_probs(q, k, doc_start, SCALE).mean(0))
+    )
+    for t, start in enumerate(doc_start.tolist()):
+        seen = range(start, t + 1)
+        mine = set(sorted(seen, key=lambda s: (-float(scores[t, s]), s))[:4])  # noqa: B023
+        best = set(sorted(seen, key=lambda s: (-float(p[t, s]), s))[:4])  # noqa: B023
+        assert found[t] == len(mine & best)
+
+
 def test_no_gradient_reaches_the_target():
     q, k, index = make_inputs(4, 20)
     index_kl_dense(q, k, SCALE, *index, make_doc_start((20,))).kl_sum.backward()

@@ -127,6 +127,25 @@ def test_index_kl_dense(workspace, rectangle, values, dtype):
     compare(run, workspace, dtype)
 
 
+@pytest.mark.parametrize("rectangle", ["whole", "zigzag"])
+def test_index_kl_dense_row_by_row(rectangle):
+    """In fp32, where these inputs have no two scores so near that rounding would swap them."""
+    q, k, *index = inputs(4, (ROWS, 3, 12), (ROWS, 3, 12), (ROWS, 4, 16), (ROWS, 16), (ROWS, 4), dtype=torch.float32)
+    at = RECTANGLES[rectangle]
+    q_pos, at = (None, torch.arange(ROWS)) if at is None else (at.to(DEVICE), at)
+
+    def run(settings: OpSettings) -> dict[str, Tensor]:
+        rows = index_kl_dense(
+            q[at], k, None, 0.4, index[0][at], index[1], index[2][at], DOC_START[at], None, q_pos, settings,
+            row_topk=(2, 5),
+        )[1].stats["by_row"]  # fmt: skip
+        return {
+            f"{name} of {place}": rows[place, i] for place in (0, 1) for i, name in enumerate(("p", "best", "both"))
+        }
+
+    compare(run, WORKSPACES[1], torch.float32)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("workspace", WORKSPACES)
