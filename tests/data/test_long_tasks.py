@@ -17,7 +17,7 @@ from data.long_stream import LongProblems
 from data.packing import IGNORE
 from data.split import is_heldout
 from data.stream import TokenStream
-from data.tasks.long import LONG_TASKS, LongProblem, choose_long, problem_at
+from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
 from data.tokenizer import encode_texts
 
@@ -131,6 +131,11 @@ def test_answers_follow_from_a_text_of_the_asked_length(
     total = words(text) + sum(words(each.prompt) + words(each.answer) for each in problem.questions)
     assert 0.96 * length - 10 <= total <= length
     assert 1 <= len(problem.questions) <= questions
+    for key in problem.keys:
+        kind, _, said = key.partition(":")
+        if kind == "code":  # the fact that the key names is the one that stands there
+            one, _, other = said.partition("=")
+            assert f" The code of {one} is {other}." in text or f" {one}: {other}." in text
     assert problem.keys and all(is_heldout(key, 0.1) == (split == "heldout") for key in problem.keys)
 
 
@@ -145,6 +150,13 @@ def test_the_answer_stands_where_it_was_asked_for(name: str, depth: float) -> No
     sought = {"copy": question.answer, "kv": question.prompt.strip() + first, "kv:2": question.prompt.strip() + first}
     place = text.index(sought.get(name, first)) / len(text)
     assert place == pytest.approx(depth, abs=0.06)
+
+
+def test_a_cue_occurs_once_however_few_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "NAMES", NAMES[:9])
+    for index in range(40):
+        problem = problem_at("copy", index, "train", 0, 60, None, words)
+        assert "".join(problem.context).count(problem.questions[0].prompt.strip()) == 1
 
 
 @pytest.mark.parametrize("name", NAMED)
