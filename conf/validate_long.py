@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from conf.errors import nearest
 from conf.schema import LONG_LEVELS, RunConfig
 
-SHORTEST = 32  # tokens that hold a small problem
+SHORTEST = 20  # tokens that hold the smallest problems, from which small models learn first
 
 
 def known_long_tasks(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -17,7 +17,7 @@ from data.long_stream import LongProblems
 from data.packing import IGNORE
 from data.split import is_heldout
 from data.stream import TokenStream
-from data.tasks.long import LONG_TASKS, LongProblem, choose_long, problem_at
+from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
 from data.tokenizer import encode_texts
 
@@ -145,6 +145,22 @@ def test_the_answer_stands_where_it_was_asked_for(name: str, depth: float) -> No
     sought = {"copy": question.answer, "kv": question.prompt.strip() + first, "kv:2": question.prompt.strip() + first}
     place = text.index(sought.get(name, first)) / len(text)
     assert place == pytest.approx(depth, abs=0.06)
+
+
+def test_a_cue_occurs_once_however_few_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "NAMES", NAMES[:9])
+    for index in range(40):
+        problem = problem_at("copy", index, "train", 0, 60, None, words)
+        assert "".join(problem.context).count(problem.questions[0].prompt.strip()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name[:4] not in ("vari", "comm", "copy")])
+def test_a_key_names_a_fact_that_stands_there(name: str) -> None:
+    for index in range(20):
+        problem = problem_at(name, index, "train", 0, 300, None, words, questions=3)
+        text = "".join(problem.context)
+        told = re.findall(r" The code of (\w+) is (\w+)\.| (\w+(?: \w+)?): (\w+)\.", text)
+        assert sorted(problem.keys) == sorted(f"code:{a or c}={b or d}" for a, b, c, d in told)
 
 
 @pytest.mark.parametrize("name", NAMED)

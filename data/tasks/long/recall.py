@@ -8,6 +8,8 @@ of two words, and pairs fill the whole context.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from data.tasks.long.long_task import Ask, Fact, LongProblem, LongTask, compose
 from data.tasks.long.needle import draw_code
 from data.tasks.long.vocabulary import NAMES, filler
@@ -17,7 +19,7 @@ MOST_PAIRS = 64
 
 def build(ask: Ask) -> LongProblem:
     names: set[str] = set()
-    keys: list[str] = []
+    keys: dict[str, str] = {}  # of every pair drawn, by its sentence
 
     def pair() -> tuple[str, str]:
         """(name, value) of a name that has none yet."""
@@ -25,7 +27,7 @@ def build(ask: Ask) -> LongProblem:
             continue
         names.add(name)
         key, code = draw_code(ask, name)
-        keys.append(key)
+        keys[_sentence(name, code)] = key
         return name, code
 
     asked = []
@@ -37,7 +39,8 @@ def build(ask: Ask) -> LongProblem:
         while len(facts) < MOST_PAIRS and (room := room - ask.count(_sentence(*(found := pair())))) >= 0:
             facts.append(Fact(_sentence(*found), ask.rng.random()))
     others = filler if ask.level == 1 else lambda _: _sentence(*pair())
-    return compose(ask, facts, ask.rng.sample(asked, len(asked)), keys, others)
+    problem = compose(ask, facts, ask.rng.sample(asked, len(asked)), (), others)
+    return replace(problem, keys=tuple(keys[sentence] for sentence in problem.context if sentence in keys))
 
 
 def _sentence(name: str, code: str) -> str:
