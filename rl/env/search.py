@@ -188,7 +188,8 @@ class SearchEnvironment(Environment):
 
         asked = json.loads(problem.state)
         corpus = corpus_of(asked["level"], asked["world"])
-        return [Search(corpus, num_results=1), Open(corpus)]
+        search = Search(corpus, num_results=1)  # at level 1 nobody opens what a hit shows whole
+        return [search] if asked["level"] == 1 else [search, Open(corpus)]
 
     async def verify(self, problem: EnvProblem, answer: str, tools: Sequence[Tool]) -> float:
         """1.0 for the name alone, letter by letter (spaces around it aside)."""

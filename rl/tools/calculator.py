@@ -30,10 +30,7 @@ class Calculator(Tool):
     approximation."""
 
     name = "calculator"
-    description = (
-        "Computes an arithmetic expression exactly: numbers, + - * / // % ** and parentheses."
-        " Examples: 347*682, (1/3 + 0.25) ** 2, 2**64 % 97."
-    )
+    description = "Computes an arithmetic expression exactly: numbers, + - * / // % ** and parentheses."
     parameters: dict[str, Any] = {
         "type": "object",
         "properties": {"expression": {"type": "string", "description": "The expression, without an equals sign."}},
