@@ -48,11 +48,11 @@ class Plan:
 FULL = Plan(
     environments={"calculator": "calculator:1", "search": "search:1"},
     traces=16000,
-    copying=700,
-    base=2400,
+    copying=600,
+    base=2800,
     warmup=60,
-    cold_start=300,
-    grpo=16,
+    cold_start=250,
+    grpo=14,
     prompts=8,
     eval_prompts=96,
     min_gap=0.3,
@@ -90,7 +90,7 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1024"
     each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
-    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4"
+    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=5e-4"
     curve = f"rl.eval_every={max(1, plan.grpo // 2)} rl.eval_prompts={plan.eval_prompts // 2}"
     vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 model.num_nextn_predict_layers=0"
     vocabulary += " data.tokenizer=train:768"

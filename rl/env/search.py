@@ -162,13 +162,6 @@ def _make(rng: random.Random, level: int) -> EnvProblem | None:
     return EnvProblem(f"Name {asked}.", answer, key, json.dumps(state))
 
 
-def _said(world: World, entities: Sequence[str], relation: str) -> str:
-    """What a solver notes of documents: of one the fact alone, of several whose it is as well."""
-    if len(entities) == 1:
-        return f"The {relation} is {world.facts[entities[0], relation]}."
-    return " ".join(world.sentence(entity, relation) for entity in entities)
-
-
 def _picked(world: World, a: str, b: str, pick: str) -> str:
     """Which of two towns or companies is the larger, smaller, older or younger one."""
     number, less, _ = COMPARED[world.kinds[a]]
@@ -213,7 +206,7 @@ class SearchEnvironment(Environment):
                 found = " ".join(world.sentence(entity, number) for entity in current)
                 current = [_picked(world, current[0], current[1], asked["pick"])]
                 found += f" The {asked['pick']} is {current[0]}. "
-            found += _said(world, current, relation)
+            found += " ".join(world.sentence(entity, relation) for entity in current)
             current = [world.facts[entity, relation] for entity in current]
             if hop < len(path) - 1:
                 thought = rng.choice(NEXTS).format(found, " and ".join(current))
