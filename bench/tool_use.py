@@ -22,7 +22,7 @@ KEYS = ("reward/accuracy", "tool/resumed_frac", "tool/calls_mean", "tool/rows_me
 
 
 def made() -> dict[str, str]:
-    """The demo's stages, those that are not finished run now (about 17 minutes on two quiet cores) -> their arguments."""
+    """The demo's stages, those that are not finished run now (see the demo) -> their arguments."""
     plan = json.loads(run_python("launch/demo_tools.py", "--list", "--dir", str(OUT)))
     for name, arguments in plan["traces"].items():
         if not (ROOT / OUT / name).exists():
