@@ -1,6 +1,6 @@
 """What a run is about to read, before it reads it: documents, tokens, lengths, padding, cuts, what was left out.
 
-`summarise` is plain JSON; `one_line` is what a stage says at its start, `table` what `launch/data.py` prints.
+`summarise` is plain JSON; `one_line` is what a stage says at its start, `table` what `launch/corpus.py` prints.
 """
 
 from __future__ import annotations

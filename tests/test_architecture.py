@@ -201,3 +201,10 @@ def test_model_needs_torch_alone() -> None:
 def test_conf_needs_no_torch() -> None:
     statement = "import conf.schema, conf.convert, conf.validate, conf.load"
     assert loaded_by(statement, {"torch", "model", "data", "hydra"}) == {"hydra"}  # hydra: the probe sees what is there
+
+
+def test_no_script_hides_a_room_from_those_beside_it() -> None:
+    """`python launch/x.py` looks for modules in launch/ first: a launch/data.py would be `data` to all of them."""
+    rooms = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()}
+    assert {"data", "launch"} <= rooms
+    assert not rooms & {script.stem for script in (ROOT / "launch").glob("*.py")}

@@ -1,4 +1,4 @@
-"""`launch/data.py`: the table and the JSON, and a cache in which the stage finds its tokens."""
+"""`launch/corpus.py`: the table and the JSON, and a cache in which the stage finds its tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a stage would read, before it trains: documents, tokens, lengths, padding, cuts, what was left out and why.
 
-    python launch/data.py [+stage=S] [output_dir=DIR] [key=value ...]
+    python launch/corpus.py [+stage=S] [output_dir=DIR] [key=value ...]
 
 Takes the settings of a stage (`+stage=pretrain` where none is given; of `evaluate` the held-out split is shown), prints
 a table and writes it to `DIR/data.json`. The tokens it makes stay in the cache beside DIR, where the stage finds them:
