@@ -87,7 +87,8 @@ def trace_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
 def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     """(name, arguments of launch/stage.py) in order."""
     mixed = f"data.source=files data.path={out}/base_traces.jsonl data.tasks=copying:1,copying:2 data.seq_len=512"
-    traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1024"
+    mixed += " data.packing=best_fit"
+    traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1280 data.packing=best_fit"
     each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
     policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=5e-4"
