@@ -110,6 +110,8 @@ class TokenStream:
             )
             self.texts.append(Text(part, corpus, lay_out(part, np.diff(corpus.offsets), split, seed)))
         self.long = LongProblems(cfg, tokenizer, seed, split)
+        if cfg.long_share:
+            self.long.check(cfg.long_tasks, cfg.long_min, "data.long_min")
         weights = [text.part.weight for text in self.texts]
         rest = 1.0 - cfg.long_share
         worked = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest

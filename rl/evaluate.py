@@ -47,6 +47,7 @@ def run(context: RunContext) -> None:
     if asked.harness:
         require_harness()  # a mistake is told before the model is read
     other = None if asked.compare_with is None else Other(context)
+    problems = long_problems(context)
     net = context.build_net().requires_grad_(False)
     row, tables = held_out_losses(context, net, other)
     try:
@@ -55,7 +56,7 @@ def run(context: RunContext) -> None:
         context.say(f"no accuracy is measured: {error}")
     else:
         row |= accuracy(context, net)
-    tables |= long_tasks(context, net)
+    tables |= long_tasks(context, net, problems)
     row |= accuracy_row(tables.get("tasks", []))
     if asked.speed_lengths:
         tables["speed"] = speed(context, net)
@@ -195,13 +196,23 @@ def harness(context: RunContext, net: Transformer) -> list[dict[str, Any]]:
     ]
 
 
-def long_tasks(context: RunContext, net: Transformer) -> dict[str, list[Row]]:
+def long_problems(context: RunContext) -> LongProblems:
+    """What `eval.tasks` asks. UserError where the shortest length holds no problem of a task."""
+    config = context.config
+    problems = LongProblems(config.data, context.tokenizer(), config.train.seed, "heldout")
+    lengths = config.eval.lengths
+    problems.check(
+        config.eval.tasks, min(lengths or (config.data.seq_len,)), "eval.lengths" if lengths else "data.seq_len"
+    )
+    return problems
+
+
+def long_tasks(context: RunContext, net: Transformer, problems: LongProblems) -> dict[str, list[Row]]:
     """`train.long_tasks.task_accuracy` of `eval.tasks`; nothing where none is named."""
     config, cp = context.config, context.cp
     if not config.eval.tasks:
         return {}
     count = len(cells(config.eval, config.data.seq_len)) * config.eval.problems
-    problems = LongProblems(config.data, context.tokenizer(), config.train.seed, "heldout")
     with Progress(
         len(range(cp.replica, count, cp.replicas)), "long-context tasks", context.is_main, unit="problem"
     ) as progress:

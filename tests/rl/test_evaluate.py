@@ -120,6 +120,11 @@ def test_what_cannot_be_compared_is_said_at_once(
     assert missing["error"].startswith(f"eval.compare_with={tmp_path / 'none'} does not exist")
 
 
+def test_a_length_without_problems_is_said_at_once(folders: tuple[str, str], tmp_path: Path) -> None:
+    found = measure(tmp_path / "run", folders[0], tasks=("needle", "queries:8"), lengths=(120, 100))
+    assert found["error"].startswith("eval.lengths=100 with the task queries:8: ")
+
+
 def test_the_cache_is_what_the_formula_says() -> None:
     net = tiny.build()
     rows = generation_speed(net, [20, 40], "fp32")
