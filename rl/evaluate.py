@@ -22,7 +22,7 @@ from data.long_stream import LongProblems
 from data.stream import TokenStream
 from data.tokenizer import chat_ids, load_tokenizer
 from model import Transformer
-from rl.harness import HarnessModel, require_harness, run_harness
+from rl.harness import HarnessModel, require_harness, run_harness, side_by_side
 from rl.heldout import Heldout
 from rl.offer import Offer
 from rl.prompts import refuse_unknown_domains
@@ -58,14 +58,15 @@ def run(context: RunContext) -> None:
         row |= accuracy(context, net)
     tables |= long_tasks(context, net, problems)
     row |= accuracy_row(tables.get("tasks", []))
+    context.log(0, row)
+    row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
+    # below, nothing adds to the row, and `speed` counts peaks of its own
     if asked.speed_lengths:
         tables["speed"] = speed(context, net)
     if asked.harness:
         tables["harness"] = harness(context, net)
     tables["verdict"] = verdict(tables, asked.margin)
     context.say(tables["verdict"]["words"] or "nothing was measured by position")
-    context.log(0, row)
-    row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
     if context.is_main:
         partial = context.folder / ".evaluation.json"
         partial.write_text(json.dumps(clean_row(row) | tables, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -188,12 +189,8 @@ def harness(context: RunContext, net: Transformer) -> list[dict[str, Any]]:
         found[attention] = run_harness(model, own.harness, own.harness_path, own.harness_limit)
         cut = sum(distributed.gather_objects(model.truncated))
         if cut:
-            context.say(f"note: {cut} requests of the harness, counted on every rank, lost their beginning")
-    return [
-        {"task": task, "metric": metric, "dense": value, "sparse": found["sparse"][task][metric]}
-        for task, values in found["dense"].items()
-        for metric, value in values.items()
-    ]
+            context.say(f"note: {cut} requests of the harness lost their beginning under {attention} attention")
+    return side_by_side(found["dense"], found["sparse"])
 
 
 def long_problems(context: RunContext) -> LongProblems:

@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 def loss_verdict(rows: Rows, margin: float, prefix: str = "") -> dict[str, Any]:
     """rows: `loss_by_position`; `prefix` `against_` reads the difference from the other checkpoint."""
     kinds: dict[str, list[list[int]]] = {"departs_in": [], "undecided_in": [], "better_in": []}
-    holds_up_to: int | None = 0
+    holds_up_to, held = 0, True
     for row in rows:
         low, high, place = row[f"{prefix}low_all"], row[f"{prefix}high_all"], [row["from"], row["to"]]
         if low is not None and low > margin:
@@ -29,18 +29,15 @@ def loss_verdict(rows: Rows, margin: float, prefix: str = "") -> dict[str, Any]:
             kinds["undecided_in"].append(place)
         elif high < -margin:
             kinds["better_in"].append(place)
-        if holds_up_to is not None and high is not None and high <= margin:
-            holds_up_to = row["to"]
-        elif holds_up_to is not None:
-            kinds["held"] = [[holds_up_to]]
-            holds_up_to = None
-    held = kinds.pop("held", [[holds_up_to or 0]])[0][0]
+        held = held and high is not None and high <= margin
+        holds_up_to = row["to"] if held else holds_up_to
     departs = kinds["departs_in"]
-    return {"departs_at": departs[0][0] if departs else None, "holds_up_to": held, **kinds}
+    return {"departs_at": departs[0][0] if departs else None, "holds_up_to": holds_up_to, **kinds}
 
 
 def tasks_verdict(rows: Rows) -> dict[str, Any]:
-    """rows: `tasks`; depths are taken together. `worst`: the lowest bound of a difference in accuracy."""
+    """rows: `tasks`; depths are taken together. `holds_up_to`: the longest length compared before one that departs;
+    `worst`: the lowest bound of a difference in accuracy."""
     cells: dict[tuple[str, int], list[int]] = {}
     for row in rows:
         cell = cells.setdefault((row["task"], row["length"]), [0, 0, 0])
@@ -50,18 +47,20 @@ def tasks_verdict(rows: Rows) -> dict[str, Any]:
     level = 1 - (1 - LEVEL) / max(len(good), 1)
     found = {key: share_difference(dense, sparse, n, level) for key, (n, dense, sparse) in good.items()}
     departs = [key for key, it in found.items() if it.high is not None and it.high < 0]
+    departs_at = min((length for _, length in departs), default=None)
     return {
-        "departs_at": min((length for _, length in departs), default=None),
+        "departs_at": departs_at,
         "departs_in": [{"task": task, "length": length} for task, length in departs],
         "compared": len(good),
         "dense_below": len(cells) - len(good),
-        "holds_up_to": max((length for _, length in good), default=None),
+        "holds_up_to": max((length for _, length in good if departs_at is None or length < departs_at), default=None),
         "worst": min((it.low for it in found.values() if it.low is not None), default=None),
     }
 
 
 def enough_topk(rows: Rows, margin: float) -> int | None:
-    """The smallest k of `loss_by_topk` whose loss over all tokens is within the margin, with no bucket that departs."""
+    """The smallest k of `loss_by_topk` whose loss over all tokens is surely within the margin, with no bucket that
+    departs; None where none is, or too few sequences tell."""
     for k in sorted({row["k"] for row in rows}):
         own = [row for row in rows if row["k"] == k]
         total = [row["high"] for row in own if row["all"]]
@@ -101,7 +100,7 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
         result["enough_topk"] = enough_topk(sweep, margin)
         enough = result["enough_topk"]
         words.append(
-            "None of the k tried would have been enough."
+            "Of no k tried is it certain that it would have been enough."
             if enough is None
             else f"Of the k tried, {enough:,} would have been enough."
         )

@@ -120,6 +120,20 @@ def test_what_cannot_be_compared_is_said_at_once(
     assert missing["error"].startswith(f"eval.compare_with={tmp_path / 'none'} does not exist")
 
 
+def test_the_row_is_there_before_speed_is_measured(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that measurement counts peaks of memory anew, and the row's is that of the whole run."""
+
+    def failing(*_: object) -> None:
+        raise UserError("no speed")
+
+    monkeypatch.setattr(rl.evaluate, "speed", failing)
+    assert measure(tmp_path / "run", folders[0])["error"] == "no speed"
+    (row,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert "loss/lm_sparse" in json.loads(row) and "perf/peak_memory_bytes" in json.loads(row)
+
+
 def test_a_length_without_problems_is_said_at_once(folders: tuple[str, str], tmp_path: Path) -> None:
     found = measure(tmp_path / "run", folders[0], tasks=("needle", "queries:8"), lengths=(120, 100))
     assert found["error"].startswith("eval.lengths=100 with the task queries:8: ")
