@@ -32,7 +32,7 @@ from train import distributed
 from train.by_position import ByPosition, Report, bucket_ends
 from train.evaluate import add_other, evaluate_losses
 from train.long_tasks import Row, accuracy_row, cells, task_accuracy
-from train.metrics import clean_row
+from train.metrics import clean_row, clean_tables
 from train.precision import autocast_dtype
 from train.progress import Progress
 from train.run import RunContext, peak_memory_bytes
@@ -65,6 +65,7 @@ def run(context: RunContext) -> None:
         tables["speed"] = speed(context, net)
     if asked.harness:
         tables["harness"] = harness(context, net)
+    tables = clean_tables(tables)
     tables["verdict"] = verdict(tables, asked.margin)
     context.say(tables["verdict"]["words"] or "nothing was measured by position")
     if context.is_main:

@@ -18,7 +18,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """An estimate and its bounds; None where one sequence, or none, has such tokens."""
+    """An estimate and its bounds; None where one sequence, or none, has such tokens, or the estimate is not finite."""
 
     mean: float
     low: float | None
@@ -62,7 +62,7 @@ def mean_interval(sums: Tensor, counts: Tensor, level: float = LEVEL) -> Interva
     if not units:
         return Interval(math.nan, None, None)
     mean = float(sums.sum()) / total
-    if units == 1:
+    if units == 1 or not math.isfinite(mean):
         return Interval(mean, None, None)
     left = sums - mean * counts
     error = math.sqrt(float((left * left).sum()) * units / (units - 1)) / total

@@ -2,7 +2,8 @@
 
 Reads the plain values of evaluation.json, so that it can be had again from an old one. Loss: a bucket departs where the
 interval of sparse - dense, corrected for all buckets (`low_all`, `high_all`), lies wholly above the margin; it holds
-where it lies wholly below; else it is undecided, and more sequences would tell. Tasks: where dense solves at least
+where it lies wholly below; else it is undecided, and more sequences would tell. Of losses that are not finite nothing
+else is said. Tasks: where dense solves at least
 `GOOD_DENSE`, a length departs where the interval of the difference in accuracy, corrected likewise, lies below 0.
 """
 
@@ -19,11 +20,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 def loss_verdict(rows: Rows, margin: float, prefix: str = "") -> dict[str, Any]:
     """rows: `loss_by_position`; `prefix` `against_` reads the difference from the other checkpoint."""
-    kinds: dict[str, list[list[int]]] = {"departs_in": [], "undecided_in": [], "better_in": []}
+    kinds: dict[str, list[list[int]]] = {"departs_in": [], "undecided_in": [], "better_in": [], "not_finite_in": []}
     holds_up_to, held = 0, True
     for row in rows:
         low, high, place = row[f"{prefix}low_all"], row[f"{prefix}high_all"], [row["from"], row["to"]]
-        if low is not None and low > margin:
+        if row[f"{prefix}difference"] is None:
+            kinds["not_finite_in"].append(place)
+        elif low is not None and low > margin:
             kinds["departs_in"].append(place)
         elif high is None or high > margin:
             kinds["undecided_in"].append(place)
@@ -85,10 +88,9 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
         within = _within(low, high, margin)
         result["short_context_holds"] = within
         said = {True: "the same", False: "not the same", None: "undecided"}[within]
-        words.append(
-            f"Up to {parity['up_to']:,} tokens of context: {said} ({parity['difference']:+.4f} nats a token"
-            f"{_between(low, high)})."
-        )
+        apart = parity["difference"]
+        found_there = "losses are not finite" if apart is None else f"{apart:+.4f} nats a token{_between(low, high)}"
+        words.append(f"Up to {parity['up_to']:,} tokens of context: {said} ({found_there}).")
     if rows and "against_difference" in rows[0]:
         result["against"] = loss_verdict(rows, margin, "against_")
         words.append(_loss_words(rows, result["against"], margin, "against_", "the other checkpoint"))
@@ -124,7 +126,15 @@ def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f", {LEVEL:.0%} interval {low:+.4f} to {high:+.4f}"
 
 
+def _places(buckets: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{low:,} to {high:,}" for low, high in buckets)
+
+
 def _loss_words(rows: Rows, loss: Mapping[str, Any], margin: float, prefix: str, than: str) -> str:
+    if loss["not_finite_in"]:
+        return (
+            f"Nothing is said of {than}: losses are not finite at {_places(loss['not_finite_in'])} tokens of context."
+        )
     longest = rows[-1]["to"]
     if loss["departs_at"] is not None:
         row = next(row for row in rows if row["from"] == loss["departs_at"])
@@ -142,7 +152,7 @@ def _loss_words(rows: Rows, loss: Mapping[str, Any], margin: float, prefix: str,
     held = (
         f"within the margin of {margin:g} nats a token up to {loss['holds_up_to']:,}; " if loss["holds_up_to"] else ""
     )
-    where = ", ".join(f"{low:,} to {high:,}" for low, high in loss["undecided_in"])
+    where = _places(loss["undecided_in"])
     return (
         f"No departure from {than} seen up to {longest:,} tokens of context: {held}too few sequences to tell at {where}"
         " (train.eval_sequences)."

@@ -71,10 +71,20 @@ def test_buckets_depart_hold_or_are_undecided() -> None:
         "departs_in": [[33, 64]],
         "undecided_in": [[17, 32], [65, 128]],
         "better_in": [[129, 256]],
+        "not_finite_in": [],
     }
     words = verdict({"loss_by_position": rows[:2]}, 0.01)["words"]
     assert "too few sequences to tell at 17 to 32" in words and "up to 16" in words
     assert verdict({}, 0.01)["words"] == ""
+
+
+def test_losses_that_are_not_finite_are_no_verdict() -> None:
+    assert mean_interval(torch.tensor([1.0, float("nan"), 2.0]), torch.ones(3))[1:] == (None, None)
+    broken = row(17, 32, None, None) | {"difference": None}
+    words = verdict({"loss_by_position": [row(1, 16, -0.001, 0.001), broken]}, 0.01)["words"]
+    assert words == "Nothing is said of dense attention: losses are not finite at 17 to 32 tokens of context."
+    parity = {"up_to": 512, "difference": None, "low": None, "high": None}
+    assert "undecided (losses are not finite)" in verdict({"short_context": parity}, 0.01)["words"]
 
 
 def task(length: int, dense: int, sparse: int, name: str = "needle", depth: float = 0.0, n: int = 50) -> dict:
