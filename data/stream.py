@@ -113,8 +113,8 @@ class TokenStream:
         if cfg.long_share:
             self.long.check(cfg.long_tasks, cfg.long_min, "data.long_min")
         weights = [text.part.weight for text in self.texts]
-        rest = 1.0 - cfg.long_share
-        worked = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest
+        whole = cfg.source == "synthetic" or cfg.long_share + cfg.synthetic_share >= 1
+        worked = 1.0 if whole else cfg.synthetic_share / (1 - cfg.long_share)  # 0.3 / (1 - 0.7) would be below 1
         self.shares = [cfg.long_share, worked, *(one / sum(weights[place:]) for place, one in enumerate(weights))]
 
     @property

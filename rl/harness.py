@@ -134,7 +134,8 @@ class HarnessModel:
                 prompt, _ = self._cut([self.prefix, *ids], 1, self.max_length - budget)
                 asks.append(Ask(prompt, self.seed + number, budget))
                 until = settings.get("until") or []
-                stops.append(StopStrings([until] if isinstance(until, str) else until, self._text))
+                strings = [until] if isinstance(until, str) else until
+                stops.append(StopStrings([string for string in strings if string], self._text))  # the harness has ""
             device = self.net.embed_tokens.weight.device
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 drawn = generate(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from conf.schema import LONG_LEVELS, DataConfig
 from data.long_stream import LongProblems
 from data.packing import IGNORE
 from data.split import is_heldout
-from data.stream import TokenStream
+from data.stream import LONG, WORKED, TokenStream, turns
 from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at, recall
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
 from data.tokenizer import encode_texts
@@ -264,3 +265,5 @@ def test_shares_are_of_all_tokens(byte_tokenizer, tmp_path) -> None:
         text = byte_tokenizer.decode(stream.sequence(index).input_ids)
         kinds["long" if "The code of" in text else "text" if "text" in text else "worked"] += 1
     assert kinds == {"long": 30, "text": 50, "worked": 20}
+    full = TokenStream(replace(cfg, long_share=0.7, synthetic_share=0.3), byte_tokenizer, 0)
+    assert {turns(index, full.shares)[0] for index in range(1000)} == {LONG, WORKED}  # nothing is left for text

@@ -93,7 +93,7 @@ def test_answers_end_before_a_stop_string_and_in_the_order_asked() -> None:
         asked = model()
         full = asked.generate_until([ask("ab", {"max_gen_toks": 12}), ask("cd", {"max_gen_toks": 6})])
         stop = full[0][4]
-        cut = asked.generate_until([ask("ab", {"max_gen_toks": 12, "until": [stop]})])
+        cut = asked.generate_until([ask("ab", {"max_gen_toks": 12, "until": ["", stop]})])
         warm = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "until": "\n\n"}
         mixed = asked.generate_until([ask("ab", warm), ask("cd", {"max_gen_toks": 6})])
         return [*full, stop, *cut, *mixed]
