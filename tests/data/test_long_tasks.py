@@ -16,11 +16,12 @@ from conf.errors import UserError
 from conf.schema import LONG_LEVELS, DataConfig
 from data.long_stream import LongProblems
 from data.packing import IGNORE
+from data.sources import tokenizer_corpus
 from data.split import is_heldout
 from data.stream import LONG, WORKED, TokenStream, turns
 from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at, recall
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
-from data.tokenizer import encode_texts
+from data.tokenizer import encode_texts, load_tokenizer
 
 NAMED = ["needle", "needle:2", "queries", "values", "kv", "kv:2", "variables", "common", "hops", "copy"]
 ANY = st.sampled_from([(name, level) for name, most in LONG_LEVELS.items() for level in range(1, most + 1)])
@@ -212,6 +213,13 @@ def test_words_too_long_for_the_budget_are_drawn_again() -> None:
     for index in range(50):  # of one draw each, more than half would not fit
         problem = problem_at("needle", index, "train", 0, 56, None, len)
         assert len(problem.prompt + problem.answer) <= 56
+
+
+def test_beside_text_2048_tokens_make_every_word_one() -> None:
+    cfg = DataConfig(source="stdlib", long_tasks=("copy:1", "copy:1", "needle", "kv"), long_share=0.3)
+    tokenizer = load_tokenizer("train:2048", corpus=tokenizer_corpus(cfg))
+    ids = encode_texts(tokenizer, [f" {word}" for word in (*NAMES, *VALUES)])
+    assert {len(each) for each in ids} == {1}
 
 
 CFG = DataConfig(
