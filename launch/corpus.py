@@ -44,16 +44,18 @@ def measure(argv: list[str]) -> tuple[dict[str, Any], int, Path]:
     folder = Path(config.output_dir)
     with distributed.process_group(), tempfile.TemporaryDirectory(prefix="winnow-") as scratch:
         context = RunContext(replace(config, output_dir=scratch), None)  # a run in the folder keeps its tokenizer
+        evaluates = context.stage.runner == "evaluate"
         stream = TokenStream(
             config.data,
             context.tokenizer(),
             config.train.seed,
-            "heldout" if context.stage.runner == "evaluate" else "train",
+            "heldout" if evaluates else "train",
             cache_dir=folder.parent / ".cache",
             conversations=context.stage.conversations,
             progress=True,
         )
-        return summarise(stream), config.train.steps * config.train.micro_batches, folder
+        trains = config.train.steps * config.train.micro_batches
+        return summarise(stream), config.train.eval_sequences if evaluates else trains, folder
 
 
 def main(argv: list[str]) -> int:
