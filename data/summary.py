@@ -88,7 +88,7 @@ def one_line(summary: dict[str, Any]) -> str:
 
 
 def table(summary: dict[str, Any], sequences: int | None = None) -> str:
-    """The same at length. `sequences`: what one replica of a run takes in all, for how often it passes over each source."""
+    """The same at length. `sequences`: what one replica takes in all, for how often it passes over each source."""
     lines = [f"{summary['split']} split in sequences of {summary['seq_len']} tokens, data.packing={summary['packing']}"]
     for kind, share in summary["problems"].items():
         lines += [f"{kind + ' problems':<26}{share:.1%} of sequences"] if share > 0 else []

@@ -102,8 +102,8 @@ def num_workers(asked: int) -> int:
 def make_all(
     batches: Iterable[list[Document]], recipe: Recipe, workers: int
 ) -> Generator[tuple[list[Document], list[Made]]]:
-    """(batch, its results) in the order of `batches`, at most two batches a worker ahead. A UserError of `batches` comes
-    after the results of what was read before it: who stops before it never meets it, whatever the number of workers."""
+    """(batch, its results) in the order of `batches`, at most two batches a worker ahead. A UserError of `batches`
+    comes after the results of what was read before: who stops earlier never meets it, with any number of workers."""
     mistakes: list[UserError] = []
     read = _until_mistake(batches, mistakes)
     first = list(islice(read, FEW))

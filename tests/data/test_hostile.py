@@ -161,8 +161,8 @@ def test_a_home_that_no_shell_expanded_is_found(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("one")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for given in ("~/texts", "~/texts/a.txt", "~/texts/*.txt"):
-        assert find_files(given) == [tmp_path / "texts" / "a.txt"], given
+    for path in ("~/texts", "~/texts/a.txt", "~/texts/*.txt"):
+        assert find_files(path) == [tmp_path / "texts" / "a.txt"], path
 
 
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_another(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_drag_zooms_all_charts_and_new_rows_do_not_undo_it(page: Browser, addr
     assert page.run("[view.from, view.to]") == pytest.approx(ends)
 
 
-def test_a_run_that_ended_before_the_zoomed_range_is_not_drawn_as_a_bar(page: Browser, address: str, runs: Path) -> None:
+def test_a_run_that_ended_before_the_zoomed_range_is_no_bar(page: Browser, address: str, runs: Path) -> None:
     shown(page, address, "base", more="&from=50&to=58")
     page.until("document.querySelector('figure svg').textContent === 'nothing in this range'")
     assert page.run("document.querySelectorAll('figure .bar').length") == 0 and page.errors == []
