@@ -54,10 +54,15 @@ class Text:
             yield Piece(ids, targets, end - start)
 
 
+def chosen_documents(part: Part, lengths: np.ndarray) -> np.ndarray:
+    """Numbers of the documents of a corpus that have the lengths asked for. `lengths`: tokens of each."""
+    most = lengths.max() if part.max_tokens is None else part.max_tokens
+    return np.flatnonzero((lengths >= part.min_tokens) & (lengths <= most))
+
+
 def lay_out(part: Part, lengths: np.ndarray, split: str, seed: int) -> Concat | BestFit:
     """`lengths`: tokens of each document. UserError where none is of the lengths asked for."""
-    cfg, most = part.cfg, part.max_tokens
-    chosen = np.flatnonzero((lengths >= part.min_tokens) & (lengths <= (lengths.max() if most is None else most)))
+    cfg, chosen = part.cfg, chosen_documents(part, lengths)
     if not len(chosen):
         raise UserError(
             f"data.mix.{part.name} leaves none of {len(lengths)} documents, which have {lengths.min()} to"

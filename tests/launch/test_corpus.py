@@ -25,7 +25,8 @@ def settings(tmp_path: Path) -> list[str]:
 def test_it_prints_writes_and_fills_the_cache_of_the_stage(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command.main(settings) == 0
+    cluster = ["parallel.ep=8", "parallel.cp=2", "parallel.zero=3"]
+    assert command.main([*settings, *cluster]) == 0, "one process looks at the data of a run of many"
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "runs/a/data.json").read_text())
     assert found["packing"] == "best_fit" and found["sources"][0]["documents"] > 40
