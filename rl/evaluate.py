@@ -63,11 +63,16 @@ def run(context: RunContext) -> None:
     # below, nothing adds to the row, and `speed` counts peaks of its own
     if asked.speed_lengths:
         tables["speed"] = speed(context, net)
-    if asked.harness:
-        tables["harness"] = harness(context, net)
     tables = clean_tables(tables)
     tables["verdict"] = verdict(tables, asked.margin)
     context.say(tables["verdict"]["words"] or "nothing was measured by position")
+    write(context, row, tables)
+    if asked.harness:  # the one part that may fail for reasons outside, such as a set that cannot be fetched
+        write(context, row, tables | clean_tables({"harness": harness(context, net)}))
+
+
+def write(context: RunContext, row: dict[str, float], tables: dict[str, Any]) -> None:
+    """evaluation.json, whole or not at all."""
     if context.is_main:
         partial = context.folder / ".evaluation.json"
         partial.write_text(json.dumps(clean_row(row) | tables, indent=1, allow_nan=False) + "\n", encoding="utf-8")
