@@ -55,7 +55,12 @@ def test_evaluate_shows_the_held_out_split(settings: list[str], tmp_path: Path, 
 
 
 def test_mistakes_end_in_one_line(settings: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    for wrong, reason in ((["data.pack=x"], "unknown key data.pack"), (["data.path=/nowhere"], "matches no file")):
+    no_folder = f"output_dir={tmp_path}/rows.jsonl/a"
+    for wrong, reason in (
+        (["data.pack=x"], "unknown key data.pack"),
+        (["data.path=/nowhere"], "matches no file"),
+        ([no_folder], "where tokens are kept beside output_dir, cannot be written (Not a directory)"),
+    ):
         assert command.main([*settings, *wrong]) == 2
         err = capsys.readouterr().err
         assert reason in err and err.count("\n") == 1
