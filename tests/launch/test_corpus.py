@@ -9,7 +9,7 @@ import pytest
 
 from conf.load import load
 from data import corpus
-from launch import data as command
+from launch import corpus as command
 
 
 @pytest.fixture
