@@ -195,6 +195,10 @@ def run(options: argparse.Namespace) -> int:
         for each in chosen:
             print(f"[{each.name}] {each.command(entry)}")
         return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dir {out} cannot be written ({error.strerror}): give another folder") from error
     print(f"{path}: {len(chosen)} stages into {out}{f' ({recipe.title})' if recipe.title else ''}", flush=True)
     state = State(out, path, runs, entry)
     refuse_stale(chosen, state)

@@ -253,6 +253,12 @@ def test_list_runs_nothing_and_prints_what_would_run(faked: Path, capsys: pytest
     assert len(lines) == 7 and lines[0].startswith("[base] python ") and not (faked / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([write(faked), "--dir", str(faked / "mine.yaml")]) == 2
+    told = f"--dir {faked / 'mine.yaml'} cannot be written (File exists): give another folder\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_state_file_that_is_no_json_is_told(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (faked / "out").mkdir()
     (faked / "out" / "pipeline.json").write_text("{")
