@@ -96,7 +96,8 @@ def make(batch: Sequence[Document], recipe: Recipe) -> list[Made]:
 
 def num_workers(asked: int) -> int:
     """`data.workers` -> processes; 0 is one a CPU that this process may use."""
-    return asked or min(len(os.sched_getaffinity(0)), MOST)
+    mine = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return asked or min(mine, MOST)
 
 
 def make_all(
