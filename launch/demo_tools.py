@@ -52,8 +52,8 @@ FULL = Plan(
     base=2800,
     warmup=60,
     cold_start=250,
-    grpo=14,
-    prompts=8,
+    grpo=12,
+    prompts=12,
     eval_prompts=96,
     min_gap=0.3,
     min_gain=0.05,
@@ -89,16 +89,21 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     mixed = f"data.source=files data.path={out}/base_traces.jsonl data.tasks=copying:1,copying:2 data.seq_len=512"
     mixed += " data.packing=best_fit"
     traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1280 data.packing=best_fit"
-    each = ", ".join(f"{name}: {{env: {env}}}" for name, env in plan.environments.items())
+    # the first is nearly learned when GRPO begins
+    shares = dict.fromkeys(plan.environments, 3) | {next(iter(plan.environments)): 1}
+    each = ", ".join(f"{name}: {{env: {env}, share: {shares[name]}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
-    policy = f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=5e-4"
+    policy = (
+        f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=3e-4 optim.schedule=cosine"
+    )
     curve = f"rl.eval_every={max(1, plan.grpo // 2)} rl.eval_prompts={plan.eval_prompts // 2}"
     vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 model.num_nextn_predict_layers=0"
     vocabulary += " data.tokenizer=train:768"
+    spread = "train.spike_factor=20"  # losses of packs of short rows and of long ones differ by more than 3
     copies = "data.synthetic_share=0.9 optim.lr=2e-3 optim.schedule=constant"
     found = [
         ("copying", f"+stage=pretrain {vocabulary} {mixed} {copies} train.steps={plan.copying}"),
-        ("base", f"+stage=pretrain init_from={out}/copying {mixed} train.steps={plan.base} optim.lr=2e-3"),
+        ("base", f"+stage=pretrain init_from={out}/copying {mixed} {spread} train.steps={plan.base} optim.lr=2e-3"),
         ("warmup", f"+stage=dense_warmup init_from={out}/base {traces} train.steps={plan.warmup} optim.lr=1e-2"),
         ("cold_start", f"+stage=sft init_from={out}/warmup {traces} train.steps={plan.cold_start} optim.lr=1e-3"),
         ("grpo", f"+stage=grpo init_from={out}/cold_start {asked} {policy} {curve} train.steps={plan.grpo}"),
