@@ -55,6 +55,8 @@ def eval_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"eval.lengths={lengths} has no tasks to measure: give eval.tasks=needle,kv or others"
     if len(set(config.eval.lengths)) < len(config.eval.lengths):
         yield f"eval.lengths={lengths} names a value twice: leave one out"
+    if len(set(config.eval.tasks)) < len(config.eval.tasks):
+        yield f"eval.tasks={','.join(config.eval.tasks)} names a task twice, whose problems are the same: leave one out"
 
 
 LONG_RULES = (known_long_tasks, long_mix, eval_tasks)

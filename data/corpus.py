@@ -196,6 +196,16 @@ def _entry_name(cfg: DataConfig, tokenizer: PreTrainedTokenizerFast, split: str,
     return f"{cfg.source}-{split}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
 
 
+def _made_aside(cache: Path) -> Path:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    except OSError as error:
+        raise UserError(
+            f"{cache}, where tokens are kept beside output_dir, cannot be written ({error.strerror}): give another one"
+        ) from error
+
+
 def open_corpus(
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -217,8 +227,7 @@ def open_corpus(
             return _read(folder, mapped=False)
         entry = Path(cache_dir) / _entry_name(cfg, tokenizer, split, conversations)
         if not entry.is_dir():
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".building-", dir=entry.parent))
+            aside = _made_aside(entry.parent)
             stack.callback(shutil.rmtree, aside, ignore_errors=True)
             _build(aside, cfg, tokenizer, split, conversations, progress)
             try:

@@ -40,6 +40,7 @@ def find_files(path: str, key: str = "data.path", suffixes: Iterable[str] | None
 
     UserError: nothing there, or nothing of a suffix in `suffixes` (None: all that `data.sources` reads).
     """
+    path = os.path.expanduser(path)  # no shell does it behind a `=`
     wanted = SUFFIXES if suffixes is None else tuple(suffixes)
     readable = READABLE if suffixes is None else " ".join(wanted)
     if os.path.isdir(path):
@@ -47,7 +48,7 @@ def find_files(path: str, key: str = "data.path", suffixes: Iterable[str] | None
     elif os.path.exists(path):
         found = [Path(path)]
     else:
-        names = glob.glob(os.path.expanduser(path), recursive=True)
+        names = glob.glob(path, recursive=True)
         found = sorted(Path(name) for name in names if not os.path.isdir(name))
         if not found:
             raise UserError(f"{key}={path} matches no file: give a file, a glob or a folder with {readable}")
@@ -62,8 +63,12 @@ def find_files(path: str, key: str = "data.path", suffixes: Iterable[str] | None
 
 
 def _is_regular(file: Path) -> bool:
-    if file.is_file():
-        return True
+    """UserError where that cannot be told: it is behind a folder that may not be entered."""
+    try:
+        if file.is_file():
+            return True
+    except OSError as error:
+        raise UserError(f"{file} cannot be opened ({error.strerror}): mend it or leave it out") from error
     log.warning("%s: left out, no regular file (a link that leads nowhere, a pipe, a device)", file)
     return False
 

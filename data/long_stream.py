@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from conf.errors import UserError
 from conf.schema import DataConfig
 from data.packing import Piece
 from data.tasks.long import LongProblem, problem_at
 from data.tokenizer import encode_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
+
+
+PROBES = 8  # problems of a task that must fit before a run begins
 
 
 class LongProblems:
@@ -46,6 +50,15 @@ class LongProblems:
         room = length - sum(map(len, self.frame))
         count, share = lambda text: len(self._encode(text)), self.cfg.heldout
         return problem_at(name, index, self.split, self.seed, room, depth, count, questions=questions, share=share)
+
+    def check(self, names: Sequence[str], length: int, key: str) -> None:
+        """UserError, naming the `key` that gave the shortest length, where problems of a task do not fit it."""
+        for name in names:
+            for index in range(PROBES):
+                try:
+                    self.problem(name, f"fits/{index}", length)
+                except UserError as error:
+                    raise UserError(f"{key}={length} with the task {name}: {error}") from None
 
     def encoded(self, problem: LongProblem) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64, targets bool: whether an answer or the end) of the whole document."""

@@ -22,6 +22,7 @@ from data.rows import BadRows, read_rows, read_text
 RUN, SHORTEST = 13, 8  # words
 FIELDS = ("text", "prompt", "question", "problem", "messages")  # of a row: whichever it has
 KEY = "data.decontaminate"
+MOST_BYTES = 256 << 20  # of an evaluation row or text file
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NO_SPACES = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(f"[{_NO_SPACES}]|[^\\W{_NO_SPACES}]+")
@@ -78,24 +79,33 @@ def make_runs(texts: Iterable[str]) -> Runs:
 
 def read_runs(paths: Sequence[str], max_bad_rows: int) -> Runs:
     """The runs of words in evaluation files (a file, a glob or a folder each). UserError: no file, a row without any of
-    `FIELDS` past the limit."""
+    `FIELDS` past the limit, a file of which nothing, or not all, can be looked for."""
     return make_runs(text for path in paths for text in _texts(path, BadRows(max_bad_rows)))
 
 
 def _texts(path: str, bad: BadRows) -> Iterator[str]:
     for file in find_files(path, KEY):
         if suffix(file) in TEXT_FILES:
-            yield from (text for _, text in read_text(file, bad))
+            yield from (text for _, text in read_text(file, bad, MOST_BYTES))
+            _refuse_skipped(bad)
             continue
         rows = 0
-        for origin, row in read_rows(file, FIELDS, bad):
+        for origin, row in read_rows(file, FIELDS, bad, max_bytes=MOST_BYTES):
             texts = list(_row_texts(row))
             rows += bool(texts)
             if not texts:
                 bad.report(origin, f"none of {', '.join(FIELDS)}")
             yield from texts
+        _refuse_skipped(bad)
         if not rows:
             raise UserError(f"{KEY}: {file} has no row with {', '.join(FIELDS)}: give evaluation rows or leave it out")
+
+
+def _refuse_skipped(bad: BadRows) -> None:
+    """What training text may lack without harm, an evaluation set may not: it would count as screened against."""
+    for kind in ("too_long", "binary"):
+        if kind in bad.skipped:
+            raise UserError(f"{KEY}: {bad.skipped[kind][1][0]} is {kind.replace('_', ' ')}: cut it up or leave it out")
 
 
 def _row_texts(row: Mapping[str, Any]) -> Iterator[str]:

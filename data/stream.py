@@ -54,10 +54,15 @@ class Text:
             yield Piece(ids, targets, end - start)
 
 
+def chosen_documents(part: Part, lengths: np.ndarray) -> np.ndarray:
+    """Numbers of the documents of a corpus that have the lengths asked for. `lengths`: tokens of each."""
+    most = lengths.max() if part.max_tokens is None else part.max_tokens
+    return np.flatnonzero((lengths >= part.min_tokens) & (lengths <= most))
+
+
 def lay_out(part: Part, lengths: np.ndarray, split: str, seed: int) -> Concat | BestFit:
     """`lengths`: tokens of each document. UserError where none is of the lengths asked for."""
-    cfg, most = part.cfg, part.max_tokens
-    chosen = np.flatnonzero((lengths >= part.min_tokens) & (lengths <= (lengths.max() if most is None else most)))
+    cfg, chosen = part.cfg, chosen_documents(part, lengths)
     if not len(chosen):
         raise UserError(
             f"data.mix.{part.name} leaves none of {len(lengths)} documents, which have {lengths.min()} to"
@@ -110,9 +115,11 @@ class TokenStream:
             )
             self.texts.append(Text(part, corpus, lay_out(part, np.diff(corpus.offsets), split, seed)))
         self.long = LongProblems(cfg, tokenizer, seed, split)
+        if cfg.long_share:
+            self.long.check(cfg.long_tasks, cfg.long_min, "data.long_min")
         weights = [text.part.weight for text in self.texts]
-        rest = 1.0 - cfg.long_share
-        worked = 1.0 if cfg.source == "synthetic" or not rest else cfg.synthetic_share / rest
+        whole = cfg.source == "synthetic" or cfg.long_share + cfg.synthetic_share >= 1
+        worked = 1.0 if whole else cfg.synthetic_share / (1 - cfg.long_share)  # 0.3 / (1 - 0.7) would be below 1
         self.shares = [cfg.long_share, worked, *(one / sum(weights[place:]) for place, one in enumerate(weights))]
 
     @property

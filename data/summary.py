@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.stream import LONG, WORKED, Text, TokenStream
+from data.stream import LONG, WORKED, Text, TokenStream, chosen_documents
 
 BAR = 40  # characters of the longest bar
 PERCENTILES = (50, 90, 99)
@@ -30,6 +30,7 @@ def summarise(stream: TokenStream) -> dict[str, Any]:
 
 def _of_text(text: Text) -> dict[str, Any]:
     lengths, seq_len, figures = np.diff(text.corpus.offsets), text.part.cfg.seq_len, text.layout.figures()
+    lengths = lengths[chosen_documents(text.part, lengths)]
     meta, cfg = text.corpus.meta, text.part.cfg
     return {
         "name": text.part.name,
@@ -87,7 +88,7 @@ def one_line(summary: dict[str, Any]) -> str:
 
 
 def table(summary: dict[str, Any], sequences: int | None = None) -> str:
-    """The same at length. `sequences`: what a run takes in all, for how often it passes over each source."""
+    """The same at length. `sequences`: what one replica takes in all, for how often it passes over each source."""
     lines = [f"{summary['split']} split in sequences of {summary['seq_len']} tokens, data.packing={summary['packing']}"]
     for kind, share in summary["problems"].items():
         lines += [f"{kind + ' problems':<26}{share:.1%} of sequences"] if share > 0 else []
@@ -105,7 +106,7 @@ def table(summary: dict[str, Any], sequences: int | None = None) -> str:
             "left out": _left_out(one) or "nothing",
         }
         if sequences is not None:
-            rows["passes in a run"] = f"{sequences * one['share'] / epoch['sequences']:.3g}"
+            rows["passes of one replica"] = f"{sequences * one['share'] / epoch['sequences']:.3g}"
         if one["evaluation_rows"]:
             looked = one["evaluation_rows"]
             rows["evaluation rows"] = f"{looked['looked_for']:,} looked for, {looked['too_short']:,} too short for it"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,19 +96,37 @@ def make(batch: Sequence[Document], recipe: Recipe) -> list[Made]:
 
 def num_workers(asked: int) -> int:
     """`data.workers` -> processes; 0 is one a CPU that this process may use."""
-    return asked or min(len(os.sched_getaffinity(0)), MOST)
+    mine = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return asked or min(mine, MOST)
 
 
 def make_all(
     batches: Iterable[list[Document]], recipe: Recipe, workers: int
 ) -> Generator[tuple[list[Document], list[Made]]]:
-    """(batch, its results) in the order of `batches`, at most two batches a worker ahead."""
-    batches = iter(batches)
-    first = list(islice(batches, FEW))
+    """(batch, its results) in the order of `batches`, at most two batches a worker ahead. A UserError of `batches`
+    comes after the results of what was read before: who stops earlier never meets it, with any number of workers."""
+    mistakes: list[UserError] = []
+    read = _until_mistake(batches, mistakes)
+    first = list(islice(read, FEW))
     if workers == 1 or len(first) < FEW:
-        for batch in chain(first, batches):
+        for batch in chain(first, read):
             yield batch, make(batch, recipe)
-        return
+    else:
+        yield from _make_apart(chain(first, read), recipe, workers)
+    if mistakes:
+        raise mistakes[0]
+
+
+def _until_mistake(batches: Iterable[list[Document]], mistakes: list[UserError]) -> Iterator[list[Document]]:
+    try:
+        yield from batches
+    except UserError as error:
+        mistakes.append(error)
+
+
+def _make_apart(
+    batches: Iterable[list[Document]], recipe: Recipe, workers: int
+) -> Generator[tuple[list[Document], list[Made]]]:
     pool = [_Process(recipe) for _ in range(workers)]
     idle: SimpleQueue[_Process] = SimpleQueue()
     for process in pool:
@@ -124,7 +142,7 @@ def make_all(
     waiting: deque[tuple[list[Document], Future[list[Made]]]] = deque()
     threads = ThreadPoolExecutor(workers)
     try:
-        for batch in chain(first, batches):
+        for batch in batches:
             waiting.append((batch, threads.submit(ask, batch)))
             if len(waiting) > 2 * workers:
                 done, result = waiting.popleft()

@@ -38,23 +38,24 @@ def measure(argv: list[str]) -> tuple[dict[str, Any], int, Path]:
     from train.run import RunContext
     from train.start import resolve
 
-    config = resolve(loaded.config, loaded.overrides)
+    # no model is built: any machine will do, whatever the run's own is to be
+    config = replace(resolve(loaded.config, loaded.overrides), kernels="torch", parallel=ParallelConfig())
     check(config)
     folder = Path(config.output_dir)
     with distributed.process_group(), tempfile.TemporaryDirectory(prefix="winnow-") as scratch:
-        # no model is built: any machine will do, and a run that is in the folder keeps its tokenizer
-        alone = replace(config, kernels="torch", parallel=ParallelConfig(), output_dir=scratch)
-        context = RunContext(alone, None)
+        context = RunContext(replace(config, output_dir=scratch), None)  # a run in the folder keeps its tokenizer
+        evaluates = context.stage.runner == "evaluate"
         stream = TokenStream(
             config.data,
             context.tokenizer(),
             config.train.seed,
-            "heldout" if context.stage.runner == "evaluate" else "train",
+            "heldout" if evaluates else "train",
             cache_dir=folder.parent / ".cache",
             conversations=context.stage.conversations,
             progress=True,
         )
-        return summarise(stream), config.train.steps * config.train.micro_batches, folder
+        trains = config.train.steps * config.train.micro_batches
+        return summarise(stream), config.train.eval_sequences if evaluates else trains, folder
 
 
 def main(argv: list[str]) -> int:

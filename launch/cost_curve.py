@@ -159,6 +159,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cost_curve.html"))
     parser.add_argument("--result", type=Path, default=RESULT, help="another machine's cost_curve.json")
     options = parser.parse_args(argv)
+    if not options.result.is_file():
+        parser.error(f"--result {options.result} is no file: python -m bench cost_curve writes one")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page(json.loads(options.result.read_text(encoding="utf-8"))), encoding="utf-8")
     print(options.out)

@@ -62,11 +62,9 @@ def token_axis(values: Sequence[float], start: float, end: float) -> Axis:
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
-    own = sorted(set(values))
-    if len(own) <= MOST_LABELS:
-        ticks = own
-    else:
-        powers = [2.0**p for p in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    ticks = sorted(set(values))
+    powers = [2.0**p for p in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    if len(ticks) > MOST_LABELS and powers:
         ticks = powers[:: -math.ceil(len(powers) / MOST_LABELS)][::-1]  # the longest has a tick
     return Axis(low, high, start, end, True, [(tick, tokens(tick)) for tick in _apart(ticks, low, high, start, end)])
 

@@ -16,6 +16,7 @@ from launch.report_names import bytes_unit, number
 DENSE, SPARSE, OTHER = 0, 1, 2  # colours
 COLOURS = {"dense": DENSE, "sparse": SPARSE}
 CONTEXT = "tokens of context"
+NO_DEPTH = -1.0  # of a task whose answer is spread over the context
 POSITIVE = ("from", "to", "k", "length", "n")
 Rows = list[dict[str, Any]]
 
@@ -131,7 +132,7 @@ def _map(
     ups, across = (sorted({each[name] for each in rows}) for name in (row, column))
     by_place = {(each[row], each[column]): each[key] for each in rows}
     values = [[by_place.get((up, over)) for over in across] for up in ups]
-    labels = [f"{up:g}" if row != "depth" else f"{up:.0%}" for up in ups]
+    labels = [f"{up:g}" if row != "depth" else "all" if up == NO_DEPTH else f"{up:.0%}" for up in ups]
     grid = Grid(
         title, said, labels, [tokens(over) for over in across], values, row_label, CONTEXT, bounds, colour, diverging,
         digits,
@@ -206,7 +207,7 @@ def tasks(found: Mapping[str, Any]) -> str:
         mine = [row for row in rows if row["task"] == task and row["n"]]
         shares = [
             {
-                "depth": row["depth"] if _finite(row.get("depth")) else 0.0,
+                "depth": row["depth"] if _finite(row.get("depth")) else NO_DEPTH,
                 "length": row["length"],
                 **{name: row[name] / row["n"] for name in ("dense", "sparse")},
                 "difference": (row["sparse"] - row["dense"]) / row["n"],

@@ -93,7 +93,7 @@ function sections() {
   return stages.length ? [{ id: "all", title: "All stages", panels: [...panels.values()], runs: there }] : [];
 }
 const line = (run, name, colour, key, shade) =>
-  ({ name, colour, dashed: colour >= COLOURS, shade, ...held.get(run.name).series[key] });
+  ({ name, colour, dashed: colour >= COLOURS, shade, rows: held.get(run.name).rows, ...held.get(run.name).series[key] });
 
 // A panel of these runs -> [{key of the card, title, lines}]: one card of all runs, or, of patterns, one a run.
 function cards(section, panel) {

@@ -148,9 +148,11 @@ class LiveHandler(BaseHTTPRequestHandler):
         return source.encode(), "text/html", samples_page.POLICY
 
     def _folders(self, query: dict[str, list[str]]) -> list[Path]:
-        """The folders of the runs asked for, each once."""
+        """The folders of the runs asked for."""
         there, names = self.watched.folders(), query.get("run", [])
-        if not names or len(names) > MOST_RUNS or any(name not in there for name in names):
+        if len(names) > MOST_RUNS:
+            raise UserError(f"{len(names)} runs on one page are too many: untick some, {MOST_RUNS} are the most")
+        if not names or any(name not in there for name in names):
             raise NoSuchRun
         return [there[name] for name in names]
 

@@ -156,9 +156,12 @@ class Chart {
     this.plot.addEventListener("dblclick", () => on.whole());
   }
 
-  // lines: [{name, colour, dashed, shade, x, y, low?, high?}]; view: {axis: name on the x axis, from, to, smooth}
+  // lines: [{name, colour, dashed, shade, rows of the run, x, y, low?, high?}]; view: {axis: name on the x axis, from,
+  // to, smooth}. Of a line beside the zoomed range nothing is shown: the one point that came of it is no last value.
   draw(lines, view) {
-    Object.assign(this, { lines: lines.filter((line) => line.y.some((y) => y != null)), view });
+    const [from, to] = [view.from ?? -Infinity, view.to ?? Infinity];
+    const inRange = (line) => line.rows === 1 || (line.x.at(-1) >= from && line.x[0] <= to);
+    Object.assign(this, { lines: lines.filter((line) => line.y.some((y) => y != null) && inRange(line)), view });
     this.once = this.lines.length > 0 && this.lines.every((line) => line.x.length === 1);
     const many = lines.length > 1;
     const last = (line) => quantity(line.y.findLast((y) => y != null), this.panel.unit);
@@ -169,7 +172,7 @@ class Chart {
     const lost = lines.reduce((sum, line) => sum + line.y.filter((y) => y == null).length, 0);
     this.note.hidden = !lost;
     this.note.textContent = `${lost} point${lost > 1 ? "s" : ""} without a finite value, marked red`;
-    if (!this.lines.length) this.svg.replaceChildren(s("text", { x: LEFT, y: TOP + PLOT_H / 2 }, "nothing logged yet"));
+    if (!this.lines.length) this.svg.replaceChildren(s("text", { x: LEFT, y: TOP + PLOT_H / 2 }, lines.every(inRange) ? "nothing logged yet" : "nothing in this range"));
     else if (this.once) this.drawBars();
     else this.drawLines(lines);
     this.point(this.cursor);

@@ -34,6 +34,7 @@ MOST_KEYS = 512
 LAST_BYTES = 256 * 2**10  # in which the last row is looked for
 STILL_S = 600.0  # without a row before an unfinished run is no longer called running
 DEPTH = 2  # folders below a given one in which runs are looked for
+READ = (FILE_NAME, "config.yaml", "evaluation.json", "samples.jsonl", "alerts.jsonl", "error.txt")  # of a run
 AXES = ("step", "tokens", "hours")
 PATTERNS = re.compile("|".join({panel.pattern for panels in PANELS.values() for panel in panels}))
 
@@ -248,8 +249,7 @@ def last_row(path: Path) -> dict[str, Value]:
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    metrics = folder / FILE_NAME
-    if metrics.is_file() and not metrics.is_symlink():
+    if (folder / FILE_NAME).is_file() and not any((folder / name).is_symlink() for name in READ):
         yield folder
     if depth:
         try:

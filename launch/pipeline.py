@@ -73,11 +73,13 @@ class State:
         return bool(self.stages[run.name]["status"] == "done") and finished(run.folder)
 
     def stale(self, run: Run) -> bool:
-        """Whether it is done and what it started from is not there any more, or was written anew since."""
-        if run.start is None or not self.done(run):
+        """Whether what its folder holds, finished or not, was made from what is not there any more, or was written anew
+        since."""
+        written = self.stages[run.name].get("start_written")
+        if run.start is None or written is None or not run.folder.is_dir():
             return False
         start = run.folder.parent / run.start
-        return not finished(start) or stamp(start) != self.stages[run.name].get("start_written")
+        return not finished(start) or stamp(start) != written
 
 
 def refuse_stale(runs: Sequence[Run], state: State) -> None:
@@ -130,14 +132,13 @@ def execute(runs: Sequence[Run], state: State) -> int:
                 return runner.stopped
             before, started = state.stages[run.name], time.time()
             print(f"\n{label} {before['command']}", flush=True)
-            state.set(run.name, status="running", exit_code=None)
+            start = None if run.start is None else stamp(run.folder.parent / run.start)
+            state.set(run.name, status="running", exit_code=None, start_written=start)
             ended = runner.run(run.arguments, run.ranks)
             status, code = outcome(run, ended.status, runner.stopped, started)
-            state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 1))
+            state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 2))
             so_far = duration(time.monotonic() - began)
             if status == "done":
-                start = None if run.start is None else stamp(run.folder.parent / run.start)
-                state.set(run.name, start_written=start)
                 print(f"{label} done in {duration(ended.seconds)}, {so_far} so far", flush=True)
                 continue
             next_step = "the same command goes on" if status == "preempted" else "mend it and start the same command"
@@ -194,6 +195,10 @@ def run(options: argparse.Namespace) -> int:
         for each in chosen:
             print(f"[{each.name}] {each.command(entry)}")
         return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dir {out} cannot be written ({error.strerror}): give another folder") from error
     print(f"{path}: {len(chosen)} stages into {out}{f' ({recipe.title})' if recipe.title else ''}", flush=True)
     state = State(out, path, runs, entry)
     refuse_stale(chosen, state)

@@ -22,7 +22,7 @@ from data.long_stream import LongProblems
 from data.stream import TokenStream
 from data.tokenizer import chat_ids, load_tokenizer
 from model import Transformer
-from rl.harness import HarnessModel, require_harness, run_harness
+from rl.harness import HarnessModel, require_harness, run_harness, side_by_side
 from rl.heldout import Heldout
 from rl.offer import Offer
 from rl.prompts import refuse_unknown_domains
@@ -32,7 +32,7 @@ from train import distributed
 from train.by_position import ByPosition, Report, bucket_ends
 from train.evaluate import add_other, evaluate_losses
 from train.long_tasks import Row, accuracy_row, cells, task_accuracy
-from train.metrics import clean_row
+from train.metrics import clean_row, clean_tables
 from train.precision import autocast_dtype
 from train.progress import Progress
 from train.run import RunContext, peak_memory_bytes
@@ -47,6 +47,7 @@ def run(context: RunContext) -> None:
     if asked.harness:
         require_harness()  # a mistake is told before the model is read
     other = None if asked.compare_with is None else Other(context)
+    problems = long_problems(context)
     net = context.build_net().requires_grad_(False)
     row, tables = held_out_losses(context, net, other)
     try:
@@ -55,16 +56,23 @@ def run(context: RunContext) -> None:
         context.say(f"no accuracy is measured: {error}")
     else:
         row |= accuracy(context, net)
-    tables |= long_tasks(context, net)
+    tables |= long_tasks(context, net, problems)
     row |= accuracy_row(tables.get("tasks", []))
-    if asked.speed_lengths:
-        tables["speed"] = speed(context, net)
-    if asked.harness:
-        tables["harness"] = harness(context, net)
-    tables["verdict"] = verdict(tables, asked.margin)
-    context.say(tables["verdict"]["words"] or "nothing was measured by position")
     context.log(0, row)
     row["perf/peak_memory_bytes"] = int(distributed.max_over_ranks(peak_memory_bytes(context.device)))
+    # below, nothing adds to the row, and `speed` counts peaks of its own
+    if asked.speed_lengths:
+        tables["speed"] = speed(context, net)
+    tables = clean_tables(tables)
+    tables["verdict"] = verdict(tables, asked.margin)
+    context.say(tables["verdict"]["words"] or "nothing was measured by position")
+    write(context, row, tables)
+    if asked.harness:  # the one part that may fail for reasons outside, such as a set that cannot be fetched
+        write(context, row, tables | clean_tables({"harness": harness(context, net)}))
+
+
+def write(context: RunContext, row: dict[str, float], tables: dict[str, Any]) -> None:
+    """evaluation.json, whole or not at all."""
     if context.is_main:
         partial = context.folder / ".evaluation.json"
         partial.write_text(json.dumps(clean_row(row) | tables, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -187,21 +195,27 @@ def harness(context: RunContext, net: Transformer) -> list[dict[str, Any]]:
         found[attention] = run_harness(model, own.harness, own.harness_path, own.harness_limit)
         cut = sum(distributed.gather_objects(model.truncated))
         if cut:
-            context.say(f"note: {cut} requests of the harness, counted on every rank, lost their beginning")
-    return [
-        {"task": task, "metric": metric, "dense": value, "sparse": found["sparse"][task][metric]}
-        for task, values in found["dense"].items()
-        for metric, value in values.items()
-    ]
+            context.say(f"note: {cut} requests of the harness lost their beginning under {attention} attention")
+    return side_by_side(found["dense"], found["sparse"])
 
 
-def long_tasks(context: RunContext, net: Transformer) -> dict[str, list[Row]]:
+def long_problems(context: RunContext) -> LongProblems:
+    """What `eval.tasks` asks. UserError where the shortest length holds no problem of a task."""
+    config = context.config
+    problems = LongProblems(config.data, context.tokenizer(), config.train.seed, "heldout")
+    lengths = config.eval.lengths
+    problems.check(
+        config.eval.tasks, min(lengths or (config.data.seq_len,)), "eval.lengths" if lengths else "data.seq_len"
+    )
+    return problems
+
+
+def long_tasks(context: RunContext, net: Transformer, problems: LongProblems) -> dict[str, list[Row]]:
     """`train.long_tasks.task_accuracy` of `eval.tasks`; nothing where none is named."""
     config, cp = context.config, context.cp
     if not config.eval.tasks:
         return {}
     count = len(cells(config.eval, config.data.seq_len)) * config.eval.problems
-    problems = LongProblems(config.data, context.tokenizer(), config.train.seed, "heldout")
     with Progress(
         len(range(cp.replica, count, cp.replicas)), "long-context tasks", context.is_main, unit="problem"
     ) as progress:

@@ -27,12 +27,13 @@ T = TypeVar("T")
 PACKED = 4096  # tokens of one sequence of requests; a longer request is alone
 HEAD_ROWS = 512  # rows whose logits exist at a time
 MAX_NEW_TOKENS = 256  # where a task does not say
+Results = dict[str, dict[str, float]]  # task -> metric -> value
 Scored = tuple[list[int], int]  # ids, and how many of the last ones are asked about
 
 
 class HarnessModel:
     """The three questions of `lm_eval.api.model.LM`. Every rank is asked all of them and takes its share; `truncated`
-    counts requests of all ranks that lost their beginning. `seed`: of sampled answers."""
+    counts the requests of this share that lost their beginning. `seed`: of sampled answers."""
 
     def __init__(self, net: Transformer, tokenizer: Any, attention: str, autocast: torch.dtype | None, seed: int = 0):
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
@@ -41,7 +42,9 @@ class HarnessModel:
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(context, continuation) -> log p(continuation | context) in nats, and whether greedy decoding says it."""
-        return self._shared([self._pair(*request.args) for request in requests], self.score)
+        return self._shared(
+            [request.args for request in requests], lambda share: self.score([self._pair(*args) for args in share])
+        )
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """(text,) -> log p(text) in nats, however long: cut into windows that each see as much context as fits."""
@@ -131,7 +134,8 @@ class HarnessModel:
                 prompt, _ = self._cut([self.prefix, *ids], 1, self.max_length - budget)
                 asks.append(Ask(prompt, self.seed + number, budget))
                 until = settings.get("until") or []
-                stops.append(StopStrings([until] if isinstance(until, str) else until, self._text))
+                strings = [until] if isinstance(until, str) else until
+                stops.append(StopStrings([string for string in strings if string], self._text))  # the harness has ""
             device = self.net.embed_tokens.weight.device
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 drawn = generate(
@@ -189,7 +193,7 @@ def require_harness() -> Any:
 
 def run_harness(
     model: HarnessModel, tasks: Sequence[str], path: str | None = None, limit: int | None = None
-) -> dict[str, dict[str, float]]:
+) -> Results:
     """task -> metric (the harness's name, `acc,none`) -> value, `..._stderr` beside it. All ranks call it.
 
     `path`: a folder of task files; then the harness's own, which load their data from the hub, are found as well.
@@ -226,6 +230,15 @@ def run_harness(
         task: {name: float(value) for name, value in values.items() if _is_number(value)}
         for task, values in found["results"].items()
     }
+
+
+def side_by_side(dense: Results, sparse: Results) -> list[dict[str, Any]]:
+    """A row a task and metric; None where a metric is finite under the other attention alone."""
+    return [
+        {"task": task, "metric": metric, "dense": values.get(metric), "sparse": sparse[task].get(metric)}
+        for task, values in dense.items()
+        for metric in dict.fromkeys([*values, *sparse[task]])
+    ]
 
 
 def _is_number(value: Any) -> bool:

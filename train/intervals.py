@@ -18,7 +18,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """An estimate and its bounds; None where one sequence, or none, has such tokens."""
+    """An estimate and its bounds; None where one sequence, or none, has such tokens, or the estimate is not finite."""
 
     mean: float
     low: float | None
@@ -62,7 +62,7 @@ def mean_interval(sums: Tensor, counts: Tensor, level: float = LEVEL) -> Interva
     if not units:
         return Interval(math.nan, None, None)
     mean = float(sums.sum()) / total
-    if units == 1:
+    if units == 1 or not math.isfinite(mean):
         return Interval(mean, None, None)
     left = sums - mean * counts
     error = math.sqrt(float((left * left).sum()) * units / (units - 1)) / total
@@ -70,23 +70,19 @@ def mean_interval(sums: Tensor, counts: Tensor, level: float = LEVEL) -> Interva
     return Interval(mean, mean - reach, mean + reach)
 
 
-def _wilson(right: int, n: int, z: float) -> tuple[float, float]:
+def wilson(right: int, n: int, z: float) -> tuple[float, float]:
+    """Wilson's score interval of a share, `z` standard deviations wide on either side."""
     share, wide = right / n, z * z / n
     middle = (share + wide / 2) / (1 + wide)
     reach = math.sqrt(wide * (share * (1 - share) + wide / 4)) / (1 + wide)
     return middle - reach, middle + reach
 
 
-def share_interval(right: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a share."""
-    return Interval(right / n, *_wilson(right, n, NormalDist().inv_cdf((1 + level) / 2)))
-
-
 def share_difference(first: int, second: int, n: int, level: float = LEVEL) -> Interval:
     """second/n - first/n, each of n problems, by Newcombe's hybrid score (method 10, 1998), which holds at shares of 0
     and 1. The problems count as independent draws, so for two models on the same ones it is on the wide side."""
     z = NormalDist().inv_cdf((1 + level) / 2)
-    (low_1, high_1), (low_2, high_2) = _wilson(first, n, z), _wilson(second, n, z)
+    (low_1, high_1), (low_2, high_2) = wilson(first, n, z), wilson(second, n, z)
     one, two = first / n, second / n
     low = two - one - math.hypot(two - low_2, high_1 - one)
     high = two - one + math.hypot(high_2 - two, one - low_1)

@@ -32,6 +32,15 @@ def clean_row(row: Mapping[str, Any]) -> dict[str, Value]:
     return cleaned
 
 
+def clean_tables(value: Any) -> Any:
+    """Rows in lists and dicts with None for every number that is not finite, as JSON has it."""
+    if isinstance(value, dict):
+        return {name: clean_tables(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [clean_tables(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def parse_row(line: bytes | str) -> dict[str, Value] | None:
     """One line -> its row; None where the line is torn or no metrics row. Numbers that are not finite are None."""
     try:

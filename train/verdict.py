@@ -2,7 +2,8 @@
 
 Reads the plain values of evaluation.json, so that it can be had again from an old one. Loss: a bucket departs where the
 interval of sparse - dense, corrected for all buckets (`low_all`, `high_all`), lies wholly above the margin; it holds
-where it lies wholly below; else it is undecided, and more sequences would tell. Tasks: where dense solves at least
+where it lies wholly below; else it is undecided, and more sequences would tell. Of losses that are not finite nothing
+else is said. Tasks: where dense solves at least
 `GOOD_DENSE`, a length departs where the interval of the difference in accuracy, corrected likewise, lies below 0.
 """
 
@@ -19,28 +20,27 @@ Rows = Sequence[Mapping[str, Any]]
 
 def loss_verdict(rows: Rows, margin: float, prefix: str = "") -> dict[str, Any]:
     """rows: `loss_by_position`; `prefix` `against_` reads the difference from the other checkpoint."""
-    kinds: dict[str, list[list[int]]] = {"departs_in": [], "undecided_in": [], "better_in": []}
-    holds_up_to: int | None = 0
+    kinds: dict[str, list[list[int]]] = {"departs_in": [], "undecided_in": [], "better_in": [], "not_finite_in": []}
+    holds_up_to, held = 0, True
     for row in rows:
         low, high, place = row[f"{prefix}low_all"], row[f"{prefix}high_all"], [row["from"], row["to"]]
-        if low is not None and low > margin:
+        if row[f"{prefix}difference"] is None:
+            kinds["not_finite_in"].append(place)
+        elif low is not None and low > margin:
             kinds["departs_in"].append(place)
         elif high is None or high > margin:
             kinds["undecided_in"].append(place)
         elif high < -margin:
             kinds["better_in"].append(place)
-        if holds_up_to is not None and high is not None and high <= margin:
-            holds_up_to = row["to"]
-        elif holds_up_to is not None:
-            kinds["held"] = [[holds_up_to]]
-            holds_up_to = None
-    held = kinds.pop("held", [[holds_up_to or 0]])[0][0]
+        held = held and high is not None and high <= margin
+        holds_up_to = row["to"] if held else holds_up_to
     departs = kinds["departs_in"]
-    return {"departs_at": departs[0][0] if departs else None, "holds_up_to": held, **kinds}
+    return {"departs_at": departs[0][0] if departs else None, "holds_up_to": holds_up_to, **kinds}
 
 
 def tasks_verdict(rows: Rows) -> dict[str, Any]:
-    """rows: `tasks`; depths are taken together. `worst`: the lowest bound of a difference in accuracy."""
+    """rows: `tasks`; depths are taken together. `holds_up_to`: the longest length compared before one that departs;
+    `worst`: the lowest bound of a difference in accuracy."""
     cells: dict[tuple[str, int], list[int]] = {}
     for row in rows:
         cell = cells.setdefault((row["task"], row["length"]), [0, 0, 0])
@@ -50,18 +50,20 @@ def tasks_verdict(rows: Rows) -> dict[str, Any]:
     level = 1 - (1 - LEVEL) / max(len(good), 1)
     found = {key: share_difference(dense, sparse, n, level) for key, (n, dense, sparse) in good.items()}
     departs = [key for key, it in found.items() if it.high is not None and it.high < 0]
+    departs_at = min((length for _, length in departs), default=None)
     return {
-        "departs_at": min((length for _, length in departs), default=None),
+        "departs_at": departs_at,
         "departs_in": [{"task": task, "length": length} for task, length in departs],
         "compared": len(good),
         "dense_below": len(cells) - len(good),
-        "holds_up_to": max((length for _, length in good), default=None),
+        "holds_up_to": max((length for _, length in good if departs_at is None or length < departs_at), default=None),
         "worst": min((it.low for it in found.values() if it.low is not None), default=None),
     }
 
 
 def enough_topk(rows: Rows, margin: float) -> int | None:
-    """The smallest k of `loss_by_topk` whose loss over all tokens is within the margin, with no bucket that departs."""
+    """The smallest k of `loss_by_topk` whose loss over all tokens is surely within the margin, with no bucket that
+    departs; None where none is, or too few sequences tell."""
     for k in sorted({row["k"] for row in rows}):
         own = [row for row in rows if row["k"] == k]
         total = [row["high"] for row in own if row["all"]]
@@ -86,10 +88,9 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
         within = _within(low, high, margin)
         result["short_context_holds"] = within
         said = {True: "the same", False: "not the same", None: "undecided"}[within]
-        words.append(
-            f"Up to {parity['up_to']:,} tokens of context: {said} ({parity['difference']:+.4f} nats a token"
-            f"{_between(low, high)})."
-        )
+        apart = parity["difference"]
+        found_there = "losses are not finite" if apart is None else f"{apart:+.4f} nats a token{_between(low, high)}"
+        words.append(f"Up to {parity['up_to']:,} tokens of context: {said} ({found_there}).")
     if rows and "against_difference" in rows[0]:
         result["against"] = loss_verdict(rows, margin, "against_")
         words.append(_loss_words(rows, result["against"], margin, "against_", "the other checkpoint"))
@@ -101,7 +102,7 @@ def verdict(found: Mapping[str, Any], margin: float) -> dict[str, Any]:
         result["enough_topk"] = enough_topk(sweep, margin)
         enough = result["enough_topk"]
         words.append(
-            "None of the k tried would have been enough."
+            "Of no k tried is it certain that it would have been enough."
             if enough is None
             else f"Of the k tried, {enough:,} would have been enough."
         )
@@ -125,7 +126,15 @@ def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f", {LEVEL:.0%} interval {low:+.4f} to {high:+.4f}"
 
 
+def _places(buckets: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{low:,} to {high:,}" for low, high in buckets)
+
+
 def _loss_words(rows: Rows, loss: Mapping[str, Any], margin: float, prefix: str, than: str) -> str:
+    if loss["not_finite_in"]:
+        return (
+            f"Nothing is said of {than}: losses are not finite at {_places(loss['not_finite_in'])} tokens of context."
+        )
     longest = rows[-1]["to"]
     if loss["departs_at"] is not None:
         row = next(row for row in rows if row["from"] == loss["departs_at"])
@@ -143,7 +152,7 @@ def _loss_words(rows: Rows, loss: Mapping[str, Any], margin: float, prefix: str,
     held = (
         f"within the margin of {margin:g} nats a token up to {loss['holds_up_to']:,}; " if loss["holds_up_to"] else ""
     )
-    where = ", ".join(f"{low:,} to {high:,}" for low, high in loss["undecided_in"])
+    where = _places(loss["undecided_in"])
     return (
         f"No departure from {than} seen up to {longest:,} tokens of context: {held}too few sequences to tell at {where}"
         " (train.eval_sequences)."

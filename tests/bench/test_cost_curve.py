@@ -23,7 +23,7 @@ from bench.cost_curve import (
 )
 from bench.registry import RESULTS
 from conf.hardware import load_cluster
-from launch.cost_curve import page
+from launch.cost_curve import main, page
 from tests.launch.html_page import Page
 from train.roofline import PHASES
 
@@ -115,3 +115,9 @@ def test_the_page_shows_every_panel_with_units_and_loads_nothing(committed: dict
         assert unit in source
     last = committed["rows"][-1]
     assert f"${last['sparse']['dollars']:.2f}</text>" in source and "nan" not in source.lower()
+
+
+def test_a_result_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--result", "/nowhere.json"])
+    assert "--result /nowhere.json is no file: python -m bench cost_curve writes one" in capsys.readouterr().err

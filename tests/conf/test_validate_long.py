@@ -51,6 +51,10 @@ def test_mix(data: dict, message: str) -> None:
         ({"lengths": (64,)}, "eval.lengths=64 has no tasks to measure: give eval.tasks=needle,kv or others"),
         ({"tasks": ("kv",), "lengths": (64, 64)}, "eval.lengths=64,64 names a value twice: leave one out"),
         (
+            {"tasks": ("kv", "copy", "kv")},
+            "eval.tasks=kv,copy,kv names a task twice, whose problems are the same: leave one out",
+        ),
+        (
             {"tasks": ("kv",), "lengths": (40000,)},
             "eval.lengths=40000 is outside 20 to model.max_position_embeddings=32768: give a value inside",
         ),

@@ -152,6 +152,17 @@ def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "scandir", lambda path: denied(Path(path)))
     with pytest.raises(UserError, match="cannot be listed .Permission denied.: mend it"):
         find_files(str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", denied)  # a file behind a folder that may not be entered
+    with pytest.raises(UserError, match="a.txt cannot be opened .Permission denied.: mend it"):
+        find_files(str(tmp_path / "a.txt"))
+
+
+def test_a_home_that_no_shell_expanded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~/texts", "~/texts/a.txt", "~/texts/*.txt"):
+        assert find_files(path) == [tmp_path / "texts" / "a.txt"], path
 
 
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_another(tmp_path: Path) -> None:

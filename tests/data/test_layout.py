@@ -65,6 +65,13 @@ def test_where_lengths_are_awkward_documents_are_cut_up_to_the_share_given() -> 
     assert all_of_them.padding <= MAX_PADDING and all_of_them.cut < 0.5
 
 
+def test_lengths_that_no_packing_serves_come_to_what_the_docs_say() -> None:
+    lengths = np.random.default_rng(7).integers(2100, 4001, 20_000)
+    few, many = (best_fit(lengths, 4096, max_cut=share).figures() for share in (0.02, 1.0))
+    assert (few.padding, few.cut) == (pytest.approx(0.24, abs=0.005), pytest.approx(0.02, abs=0.001))
+    assert (many.padding, many.cut) == (pytest.approx(0.02, abs=0.0005), pytest.approx(0.24, abs=0.005))
+
+
 def test_epochs_differ_and_any_sequence_is_reached_at_once() -> None:
     lengths = np.random.default_rng(1).integers(1, 300, 500)
     one, two = best_fit(lengths, 256, seed=3), best_fit(lengths, 256, seed=3)

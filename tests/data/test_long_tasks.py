@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,11 +16,12 @@ from conf.errors import UserError
 from conf.schema import LONG_LEVELS, DataConfig
 from data.long_stream import LongProblems
 from data.packing import IGNORE
+from data.sources import tokenizer_corpus
 from data.split import is_heldout
-from data.stream import TokenStream
-from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at
+from data.stream import LONG, WORKED, TokenStream, turns
+from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, problem_at, recall
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
-from data.tokenizer import encode_texts
+from data.tokenizer import encode_texts, load_tokenizer
 
 NAMED = ["needle", "needle:2", "queries", "values", "kv", "kv:2", "variables", "common", "hops", "copy"]
 ANY = st.sampled_from([(name, level) for name, most in LONG_LEVELS.items() for level in range(1, most + 1)])
@@ -185,6 +187,41 @@ def test_what_cannot_fit_is_said() -> None:
         problem_at("needle", 0, "heldout", 0, 200, 0.5, words, share=0.0)
 
 
+def test_a_small_split_still_has_problems() -> None:
+    """Some names have fewer held-out values than values:8 asks for, and at a hundredth many have none."""
+    for name, share in (("values:8", 0.1), ("needle", 0.01), ("kv", 0.01), ("hops", 0.01), ("variables", 0.01)):
+        for index in range(12):
+            problem = problem_at(name, index, "heldout", 0, 500, None, words, questions=64, share=share)
+            assert all(is_heldout(key, share) for key in problem.keys)
+            assert len(set(problem.keys)) == len(problem.keys)
+    assert sum(is_heldout(f"code:walnut={value}", 0.1) for value in VALUES) < 8
+
+
+def test_pairs_never_run_out_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "NAMES", NAMES[:6])
+    problem = problem_at("kv:2", 0, "train", 0, 600, None, words)
+    assert len(problem.keys) == len(set(problem.keys)) > 6 * 6
+
+
+def test_a_length_that_holds_no_problem_is_said_before_the_first_step(byte_tokenizer) -> None:
+    short = DataConfig(source="synthetic", long_tasks=("needle", "queries"), long_share=0.5, seq_len=2000)
+    with pytest.raises(UserError, match="data.long_min=128 with the task queries: .* hold no problem of queries:3"):
+        TokenStream(short, byte_tokenizer, 0)
+
+
+def test_words_too_long_for_the_budget_are_drawn_again() -> None:
+    for index in range(50):  # of one draw each, more than half would not fit
+        problem = problem_at("needle", index, "train", 0, 56, None, len)
+        assert len(problem.prompt + problem.answer) <= 56
+
+
+def test_beside_text_2048_tokens_make_every_word_one() -> None:
+    cfg = DataConfig(source="stdlib", long_tasks=("copy:1", "copy:1", "needle", "kv"), long_share=0.3)
+    tokenizer = load_tokenizer("train:2048", corpus=tokenizer_corpus(cfg))
+    ids = encode_texts(tokenizer, [f" {word}" for word in (*NAMES, *VALUES)])
+    assert {len(each) for each in ids} == {1}
+
+
 CFG = DataConfig(
     source="synthetic", long_tasks=tuple(NAMED), long_share=1.0, seq_len=2000, long_min=400, long_questions=4
 )
@@ -236,3 +273,5 @@ def test_shares_are_of_all_tokens(byte_tokenizer, tmp_path) -> None:
         text = byte_tokenizer.decode(stream.sequence(index).input_ids)
         kinds["long" if "The code of" in text else "text" if "text" in text else "worked"] += 1
     assert kinds == {"long": 30, "text": 50, "worked": 20}
+    full = TokenStream(replace(cfg, long_share=0.7, synthetic_share=0.3), byte_tokenizer, 0)
+    assert {turns(index, full.shares)[0] for index in range(1000)} == {LONG, WORKED}  # nothing is left for text

@@ -12,6 +12,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.schema import DataConfig
+from data import overlap
 from data.corpus import Corpus, open_corpus
 from data.duplicates import SCHEME, SEED, Seen, signature
 from data.overlap import make_runs, read_runs, words
@@ -126,7 +127,7 @@ def test_contaminated_documents_are_dropped_counted_and_named(tmp_path: Path, by
         open_corpus(only, byte_tokenizer, "train")
 
 
-def test_evaluation_rows_of_every_form_are_read_and_others_refused(tmp_path: Path) -> None:
+def test_evaluation_rows_of_every_form_are_read_and_others_refused(tmp_path: Path, monkeypatch) -> None:
     chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": prose(3)}]
     rows = {"a.jsonl": {"messages": chat}, "b.jsonl": {"text": QUESTION}, "c.jsonl": {"problem": QUESTION}}
     for name, row in rows.items():
@@ -138,6 +139,16 @@ def test_evaluation_rows_of_every_form_are_read_and_others_refused(tmp_path: Pat
     (tmp_path / "e.jsonl").write_text('{"answer": 5}')
     with pytest.raises(UserError, match="e.jsonl has no row with text, prompt, question"):
         read_runs([str(tmp_path / "e.jsonl")], 5)
+    (tmp_path / "f.txt").write_text("word " * (2 << 20) + QUESTION)
+    assert read_runs([str(tmp_path / "f.txt")], 0).hits(QUESTION), "the limit of training documents is not its limit"
+    (tmp_path / "g.txt").write_text("\0" + QUESTION)
+    with pytest.raises(UserError, match="g.txt:1 is binary: cut it up or leave it out"):
+        read_runs([str(tmp_path / "g.txt")], 5)
+    monkeypatch.setattr(overlap, "MOST_BYTES", 100)
+    for name in ("f.txt", "long.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": QUESTION * 3}) + '\n{"text": "short"}')
+        with pytest.raises(UserError, match=f"{name}:1 is too long"):
+            read_runs([str(tmp_path / name)], 5)
     with pytest.raises(UserError, match="data.decontaminate=.* matches no file"):
         read_runs([str(tmp_path / "none.jsonl")], 5)
 

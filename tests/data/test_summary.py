@@ -37,6 +37,15 @@ def test_the_numbers_are_those_of_the_documents(cfg: DataConfig, byte_tokenizer)
     json.dumps(summary)
 
 
+def test_of_a_source_that_is_read_by_length_only_what_is_read_is_counted(cfg: DataConfig, byte_tokenizer) -> None:
+    mix = {"short": MixConfig(path=cfg.path, max_tokens=31), "long": MixConfig(path=cfg.path, min_tokens=32)}
+    mixed = replace(cfg, source="mix", path=None, mix=mix)
+    short, long = summarise(TokenStream(mixed, byte_tokenizer, 0))["sources"]
+    assert (short["documents"], short["tokens"], short["lengths"]["longest"]) == (6, 4 + 2 * 8 + 3 * 16, 16)
+    assert (long["documents"], long["tokens"], long["lengths"]["shortest"]) == (3, 32 + 64 + 128, 32)
+    assert short["longer_than_a_sequence"] == 0 and [one["from"] for one in long["histogram"]] == [32, 64, 128]
+
+
 def test_concat_cuts_and_pads_nothing(cfg: DataConfig, byte_tokenizer) -> None:
     stream = TokenStream(cfg, byte_tokenizer, 0)
     (source,) = summarise(stream)["sources"]
@@ -59,7 +68,7 @@ def test_one_line_and_the_table_say_it(cfg: DataConfig, byte_tokenizer) -> None:
     assert "left out: 1 empty, 1 malformed" in line and line.endswith("20% worked problems")
     text = table(summary, sequences=100)
     assert "share of sequences      20.0%" in text and f"malformed: {cfg.path}:10" in text
-    assert "passes in a run         13.2" in text, "60 of 100 sequences over 292 / 64"
+    assert "passes of one replica   13.2" in text, "60 of 100 sequences over 292 / 64"
     assert one_line(summarise(TokenStream(DataConfig(source="synthetic"), byte_tokenizer, 0))) == (
         "data (concat): 100% worked problems"
     )

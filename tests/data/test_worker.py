@@ -78,6 +78,18 @@ def test_max_documents_and_max_tokens_bound_what_is_read(cfg: DataConfig, byte_t
     assert 900 <= short.num_tokens < 900 + 300 and (short.tokens == whole.tokens[: short.num_tokens]).all()
 
 
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_row_past_the_bound_stops_nothing_however_far_the_readers_are_ahead(
+    cfg: DataConfig, byte_tokenizer, workers: int
+) -> None:
+    path = Path(str(cfg.path))
+    path.write_text("\n".join([*path.read_text().splitlines()[:150], "no JSON"]))
+    bounded = replace(cfg, max_bad_rows=0, workers=workers, heldout=1e-9)
+    assert open_corpus(replace(bounded, max_tokens=22000), byte_tokenizer, "train").num_tokens < 22300
+    with pytest.raises(UserError, match="rows.jsonl:151: not JSON"):
+        open_corpus(bounded, byte_tokenizer, "train")
+
+
 def test_a_users_mistake_in_a_process_comes_back_as_one(byte_tokenizer) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

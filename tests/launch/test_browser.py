@@ -72,7 +72,7 @@ def shown(page: Browser, address: str, *names: str, more: str = "") -> None:
     page.look()
     page.open("about:blank#")
     page.run(f"location.href = {json.dumps(address + '#' + '&'.join(f'run={name}' for name in names) + more)}")
-    page.until("document.querySelectorAll('figure path.line').length > 0")
+    page.until("document.querySelectorAll('figure svg > *').length > 0")
 
 
 def test_points_appear_while_the_run_goes_and_nothing_else_moves(page: Browser, address: str, runs: Path) -> None:
@@ -201,6 +201,15 @@ def test_a_drag_zooms_all_charts_and_new_rows_do_not_undo_it(page: Browser, addr
     page.run("window.old = true; location.reload()")
     page.until("window.old === undefined && document.querySelectorAll('.line').length > 0")
     assert page.run("[view.from, view.to]") == pytest.approx(ends)
+
+
+def test_a_run_that_ended_before_the_zoomed_range_is_no_bar(page: Browser, address: str, runs: Path) -> None:
+    shown(page, address, "base", more="&from=50&to=58")
+    page.until("document.querySelector('figure svg').textContent === 'nothing in this range'")
+    assert page.run("document.querySelectorAll('figure .bar').length") == 0 and page.errors == []
+    shown(page, address, "base", "other", more="&from=50&to=58")
+    assert page.run("document.querySelector('figure').querySelectorAll('path.line').length") == 1
+    assert page.run("document.querySelector('figure .legend').textContent").startswith("other")
 
 
 def test_the_command_serves_and_a_server_that_is_gone_is_said(page: Browser, runs: Path) -> None:

@@ -172,6 +172,14 @@ def test_lengths_are_said_as_they_are_said() -> None:
     at = [axis.at(value) for value, _ in axis.ticks]
     assert all(b - a > 34 for a, b in zip(at, at[1:], strict=False))
     assert [label for _, label in token_axis([64.0], 0, 312).ticks] == ["64"]
+    between = token_axis([70.0, 75.0, 80.0, 85.0, 90.0, 95.0, 100.0, 110.0], 0, 312)  # no power of two among them
+    assert between.ticks[-1] == (110.0, "110") and len(between.ticks) > 3
+
+
+def test_a_task_without_depths_says_so(tmp_path: Path) -> None:
+    row = {"task": "common", "length": 512, "depth": None, "n": 20, "dense": 18, "sparse": 17}
+    source, _ = rendered(tmp_path / "run", {"tasks": [row]})
+    assert ">all<" in card_of(source, "common, dense") and "0%" not in card_of(source, "common, dense")
 
 
 def test_shades_go_both_ways_from_nothing() -> None:

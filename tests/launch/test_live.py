@@ -129,6 +129,8 @@ def test_runs_are_found_below_folders_and_links_are_not_followed(tmp_path: Path)
     (tmp_path / "runs/link").symlink_to(tmp_path / "other/x")
     (tmp_path / "runs/linked").mkdir()
     (tmp_path / "runs/linked/metrics.jsonl").symlink_to(tmp_path / "other/x/metrics.jsonl")
+    write_run(tmp_path / "runs/leads_out", steps=8)
+    (tmp_path / "runs/leads_out/error.txt").symlink_to(tmp_path / "other/x/metrics.jsonl")
     watched = Watched([tmp_path / "runs/b", tmp_path / "runs"])
     assert list(watched.folders()) == ["b", "runs/a", "runs/deep/c"]
     assert {run["name"]: run["given"] for run in watched.told()} == {"b": True, "runs/a": False, "runs/deep/c": False}
@@ -214,7 +216,8 @@ def test_only_runs_are_served_and_only_to_this_machine(asked: Any) -> None:
     wrong = ["?", "?run=base&run=base", "?run=base&x=__class__", "?run=base&from=nan", "?from=1"]
     assert [asked(f"/api/series{query}")[0] for query in wrong] == [404] * len(wrong)
     assert [asked(path)[0] for path in ("/secret", "/../secret", "/api", "/live.js", "//etc/passwd")] == [404] * 5
-    assert asked("/report?" + "&".join(["run=base"] * 99))[0] == 404
+    status, _, body = asked("/report?" + "&".join(["run=base"] * 99))
+    assert status == 404 and body.startswith("99 runs on one page are too many")
     assert asked("/samples?run=base")[0] == 404  # it has none
     assert asked("/api/runs", method="POST")[0] == 501
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,23 @@ def test_a_run_whose_start_was_made_anew_is_refused(faked: Path, capsys: pytest.
     assert calls(out) == []
 
 
+def test_what_began_from_an_earlier_start_does_not_go_on_from_its_checkpoint(faked: Path, capsys) -> None:
+    out = faked / "out"
+    command = [write(faked), "--dir", str(out)]
+    out.mkdir()
+    (out / "break_dense_seed1").touch()
+    assert pipeline.main(command) == 2 and calls(out) == ["base", "dense_seed1"]
+    (out / "break_dense_seed1").unlink()
+    os.utime(out / "base" / "hf" / "config.json", (1, 1))
+    refused = f"dense_seed1 was made from an earlier base: remove {out / 'dense_seed1'}"
+    for more in ([], ["train.steps=9"]):  # also where the command is another and the stage would judge
+        capsys.readouterr()
+        assert pipeline.main([*command, *more]) == 2 and calls(out) == []
+        assert refused in capsys.readouterr().err
+    shutil.rmtree(out / "dense_seed1")
+    assert pipeline.main(command) == 0 and calls(out)[0] == "dense_seed1"
+
+
 def test_a_changed_command_is_left_to_the_stage_to_judge(faked: Path) -> None:
     out = faked / "out"
     command = [write(faked), "--dir", str(out)]
@@ -233,6 +251,12 @@ def test_list_runs_nothing_and_prints_what_would_run(faked: Path, capsys: pytest
     assert pipeline.main([write(faked), "--dir", str(faked / "out"), "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and lines[0].startswith("[base] python ") and not (faked / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([write(faked), "--dir", str(faked / "mine.yaml")]) == 2
+    told = f"--dir {faked / 'mine.yaml'} cannot be written (File exists): give another folder\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_state_file_that_is_no_json_is_told(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,34 @@ def test_what_cannot_be_compared_is_said_at_once(
     assert missing["error"].startswith(f"eval.compare_with={tmp_path / 'none'} does not exist")
 
 
+def test_losses_that_are_not_finite_still_leave_an_evaluation(folders: tuple[str, str], tmp_path: Path) -> None:
+    net = tiny.build(vocab_size=256)
+    net.lm_head.weight.data.fill_(float("nan"))
+    save_pretrained(net, tmp_path / "hf", torch.float32)
+    found = measure(tmp_path / "run", folders[0], compare_with=str(tmp_path / "hf"))
+    assert found["loss_by_position"][0]["other"] is None and found["loss_by_position"][0]["dense"] > 0
+    assert "Nothing is said of the other checkpoint" in found["verdict"]["words"]
+
+
+def test_the_row_is_there_before_speed_is_measured(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that measurement counts peaks of memory anew, and the row's is that of the whole run."""
+
+    def failing(*_: object) -> None:
+        raise UserError("no speed")
+
+    monkeypatch.setattr(rl.evaluate, "speed", failing)
+    assert measure(tmp_path / "run", folders[0])["error"] == "no speed"
+    (row,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert "loss/lm_sparse" in json.loads(row) and "perf/peak_memory_bytes" in json.loads(row)
+
+
+def test_a_length_without_problems_is_said_at_once(folders: tuple[str, str], tmp_path: Path) -> None:
+    found = measure(tmp_path / "run", folders[0], tasks=("needle", "queries:8"), lengths=(120, 100))
+    assert found["error"].startswith("eval.lengths=100 with the task queries:8: ")
+
+
 def test_the_cache_is_what_the_formula_says() -> None:
     net = tiny.build()
     rows = generation_speed(net, [20, 40], "fp32")

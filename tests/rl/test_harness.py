@@ -64,6 +64,7 @@ def test_packed_requests_score_as_each_alone(attention: str) -> None:
         assert mine[0] == pytest.approx(theirs[0], abs=1e-4) and mine[1] == theirs[1]
     assert truncated == 1  # 150 bytes of context against 128 positions
     two = run_ranks(scored, 2)
+    assert sum(count for _, count in two) == 1
     for ranks, _ in two:
         assert [logp for logp, _ in ranks] == pytest.approx([logp for logp, _ in found], abs=1e-4)
 
@@ -92,7 +93,7 @@ def test_answers_end_before_a_stop_string_and_in_the_order_asked() -> None:
         asked = model()
         full = asked.generate_until([ask("ab", {"max_gen_toks": 12}), ask("cd", {"max_gen_toks": 6})])
         stop = full[0][4]
-        cut = asked.generate_until([ask("ab", {"max_gen_toks": 12, "until": [stop]})])
+        cut = asked.generate_until([ask("ab", {"max_gen_toks": 12, "until": ["", stop]})])
         warm = {"max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "until": "\n\n"}
         mixed = asked.generate_until([ask("ab", warm), ask("cd", {"max_gen_toks": 6})])
         return [*full, stop, *cut, *mixed]
@@ -144,6 +145,13 @@ def test_requests_of_like_length_are_packed_up_to_the_budget() -> None:
     groups = list(harness._packed(lengths))
     assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4]
     assert groups == [[3, 4, 1], [2], [0]]
+
+
+def test_a_metric_that_one_attention_lacks_has_no_value_there() -> None:
+    found = harness.side_by_side({"t": {"acc": 0.5, "ppl": 9.0}}, {"t": {"acc": 0.25, "bits": 2.0}})
+    assert [(row["metric"], row["dense"], row["sparse"]) for row in found] == [
+        ("acc", 0.5, 0.25), ("ppl", 9.0, None), ("bits", None, 2.0)
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not REAL, reason="lm-eval is not installed: pip install 'winnow[harness]' runs this test")

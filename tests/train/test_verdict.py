@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.intervals import mean_interval, share_difference, share_interval, t_cdf, t_quantile
+from train.intervals import mean_interval, share_difference, t_cdf, t_quantile, wilson
 from train.verdict import enough_topk, loss_verdict, tasks_verdict, verdict
 
 
@@ -49,7 +49,7 @@ def test_too_few_sequences_have_no_interval() -> None:
 
 
 def test_shares() -> None:
-    assert share_interval(0, 10).high == pytest.approx(0.2775, abs=1e-4)  # Wilson, printed
+    assert wilson(0, 10, 1.959964)[1] == pytest.approx(0.2775, abs=1e-4)  # Wilson, printed
     found = share_difference(56, 48, 70)  # Newcombe 1998, table II, with the two samples of 70 and 80 as 70 each
     assert found.mean == pytest.approx(-8 / 70) and found.low is not None and found.high is not None
     assert found.low < -8 / 70 < found.high
@@ -71,10 +71,20 @@ def test_buckets_depart_hold_or_are_undecided() -> None:
         "departs_in": [[33, 64]],
         "undecided_in": [[17, 32], [65, 128]],
         "better_in": [[129, 256]],
+        "not_finite_in": [],
     }
     words = verdict({"loss_by_position": rows[:2]}, 0.01)["words"]
     assert "too few sequences to tell at 17 to 32" in words and "up to 16" in words
     assert verdict({}, 0.01)["words"] == ""
+
+
+def test_losses_that_are_not_finite_are_no_verdict() -> None:
+    assert mean_interval(torch.tensor([1.0, float("nan"), 2.0]), torch.ones(3))[1:] == (None, None)
+    broken = row(17, 32, None, None) | {"difference": None}
+    words = verdict({"loss_by_position": [row(1, 16, -0.001, 0.001), broken]}, 0.01)["words"]
+    assert words == "Nothing is said of dense attention: losses are not finite at 17 to 32 tokens of context."
+    parity = {"up_to": 512, "difference": None, "low": None, "high": None}
+    assert "undecided (losses are not finite)" in verdict({"short_context": parity}, 0.01)["words"]
 
 
 def task(length: int, dense: int, sparse: int, name: str = "needle", depth: float = 0.0, n: int = 50) -> dict:
@@ -85,6 +95,7 @@ def test_tasks_are_compared_where_dense_can_do_them() -> None:
     rows = [task(1024, 50, 49), task(1024, 48, 49, depth=1.0), task(2048, 48, 20), task(4096, 20, 0)]
     found = tasks_verdict(rows)
     assert found["departs_at"] == 2048 and found["compared"] == 2 and found["dense_below"] == 1
+    assert found["holds_up_to"] == 1024  # not 2048, the longest that was compared
     assert found["departs_in"] == [{"task": "needle", "length": 2048}]
     words = verdict({"tasks": rows[:2]}, 0.01)["words"]
     assert "no departure in 1 cells" in words and "at worst -0." in words
@@ -99,6 +110,8 @@ def test_the_smallest_k_that_would_do() -> None:
     rows = [*of(16, 0.3, 0.2), *of(32, 0.005, 0.02), *of(64, 0.005, 0.001), *of(128, 0.0, 0.0)]
     assert enough_topk(rows, 0.01) == 64  # 32 is within the margin on the whole, but departs in a bucket
     assert enough_topk(rows[:2], 0.01) is None
+    one = [row | {"high": None, "low_all": None} for row in rows]  # of one sequence: nothing is known
+    assert "certain" in verdict({"loss_by_topk": one}, 0.01)["words"]
     words = verdict({"loss_by_topk": rows}, 0.01)["words"]
     assert words == "Of the k tried, 64 would have been enough."
 

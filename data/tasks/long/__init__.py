@@ -16,10 +16,13 @@ from data.tasks.long.long_task import Ask, LongProblem, LongTask, Question
 from data.tasks.long.needle import NEEDLE, QUERIES, VALUES
 from data.tasks.long.recall import KV
 from data.tasks.long.variables import VARIABLES
+from data.tasks.long.vocabulary import NAMES
+from data.tasks.long.vocabulary import VALUES as VALUE_WORDS
 
 __all__ = ["LONG_TASKS", "LongProblem", "LongTask", "Question", "choose_long", "problem_at", "sample_texts"]
 
 SAMPLE = 400  # problems in a tokenizer's corpus
+SAID = 400  # times that every word stands there besides: as often as in text, so that it becomes one token
 LONG_TASKS: dict[str, LongTask] = {
     task.name: task for task in (NEEDLE, QUERIES, VALUES, KV, VARIABLES, COMMON, HOPS, COPY)
 }
@@ -60,4 +63,4 @@ def sample_texts(names: Sequence[str], seed: int, share: float) -> list[str]:
         name = names[index % len(names)]
         problem = problem_at(name, index, "train", seed, 2000, None, len, questions=4, share=share)
         found.append("".join([*problem.context, *(each.prompt + each.answer for each in problem.questions)]))
-    return found
+    return [*found, *[f" {' '.join([*NAMES, *VALUE_WORDS])}"] * SAID]

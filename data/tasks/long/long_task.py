@@ -14,15 +14,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from conf.errors import UserError
 from data.split import in_split
 
 MAX_DRAWS = 10_000  # draws for one fact before a split counts as empty
+REDRAWS = 20  # of a problem whose words are too long for its budget
 TRIES = 6  # sentences tried for the last gap of a context
 ASKED_SHARE = 0.4  # of the budget: what several questions and their answers may take
 Filler = Callable[[random.Random], str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,22 @@ class Ask:
     split: str = "train"
     share: float = 0.1  # data.heldout
 
-    def draw(self, make: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-        """Draws `make` until its key (the first of what it returns) lies in the split. UserError where none does."""
+    def draw(self, make: Callable[[], tuple[str, T]]) -> tuple[str, T]:
+        """Draws `make` until its key (the first of what it returns) lies in the split. UserError where none does.
+
+        `make` draws all that the key is made of: of one name, a small split may hold no fact at all."""
         for _ in range(MAX_DRAWS):
             found = make()
-            if in_split(found[0], self.split, self.share):
+            if self.holds(found[0]):
                 return found
-        raise UserError(
+        raise self.empty()
+
+    def holds(self, key: str) -> bool:
+        """Whether the key lies in the split."""
+        return in_split(key, self.split, self.share)
+
+    def empty(self) -> UserError:
+        return UserError(
             f"data.heldout={self.share:g} leaves no long-context fact in the {self.split} split: give a share nearer to"
             " 0.1"
         )
@@ -106,16 +117,14 @@ class LongTask:
 
     def make(self, ask: Ask) -> LongProblem:
         """The problem; of several questions as many as fit. UserError where the budget holds not even one."""
-        questions = ask.questions
-        while True:
+        questions, redraws = ask.questions, REDRAWS
+        while redraws:
             try:
                 return self.build(replace(ask, questions=questions))
-            except DoesNotFitError:
-                if questions == 1:
-                    raise UserError(
-                        f"{ask.budget} tokens hold no problem of {self.name}:{ask.level}: give a greater length"
-                    ) from None
+            except DoesNotFitError:  # the next try draws other words
+                redraws -= questions == 1
                 questions = max(1, questions * 2 // 3)
+        raise UserError(f"{ask.budget} tokens hold no problem of {self.name}:{ask.level}: give a greater length")
 
 
 def compose(

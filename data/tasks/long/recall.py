@@ -3,7 +3,7 @@
     amber: green. wolf: icy. ...   ->   amber: | green.
 
 Level 1: names of one word, at most 64 pairs, in half the room that questions leave; the rest is filler. Level 2: names
-of two words, and pairs fill the whole context.
+of two words, and pairs fill the whole context; of three words where that has room for too many pairs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from data.tasks.long.needle import draw_code
 from data.tasks.long.vocabulary import NAMES, filler
 
 MOST_PAIRS = 64
+PAIR_TOKENS = 4  # at least: two words, a colon, a value
 
 
 def build(ask: Ask) -> LongProblem:
     names: set[str] = set()
     keys: dict[str, str] = {}  # of every pair drawn, by its sentence
+    crowded = ask.level == 2 and ask.budget > PAIR_TOKENS * len(NAMES) ** 2 // 2
+    num_words = ask.level + crowded
+
+    def unused() -> str:
+        while (name := " ".join(ask.rng.choice(NAMES) for _ in range(num_words))) in names:
+            continue
+        return name
 
     def pair() -> tuple[str, str]:
         """(name, value) of a name that has none yet."""
-        while (name := " ".join(ask.rng.choice(NAMES) for _ in range(ask.level))) in names:
-            continue
+        key, name, code = draw_code(ask, unused)
         names.add(name)
-        key, code = draw_code(ask, name)
         keys[_sentence(name, code)] = key
         return name, code
 

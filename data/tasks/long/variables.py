@@ -9,27 +9,24 @@ Level n copies n times. Beside the chains that are asked stands another one. Ass
 from __future__ import annotations
 
 from data.tasks.long.long_task import Ask, DoesNotFitError, Fact, LongProblem, LongTask, compose
-from data.tasks.long.vocabulary import NAMES, filler, value
+from data.tasks.long.vocabulary import NAMES, VALUES, filler
 
 
 def build(ask: Ask) -> LongProblem:
     chains, each = ask.questions + 1, ask.level + 1
     if chains * each > len(NAMES):
         raise DoesNotFitError
-    names = iter(ask.rng.sample(NAMES, chains * each))
+    names, values = list(NAMES), list(VALUES)  # those that no chain has yet
     keys, facts, asked = [], [], []
-    values: set[str] = set()
+
+    def draw() -> tuple[str, tuple[str, list[str]]]:
+        code, chain = ask.rng.choice(values), ask.rng.sample(names, each)
+        return f"variables:{code}:{','.join(chain)}", (code, chain)
+
     for number in range(chains):
-        chain = [next(names) for _ in range(each)]
-
-        def draw(chain: list[str] = chain) -> tuple[str, str]:
-            code = value(ask.rng)
-            return f"variables:{code}:{','.join(chain)}", code
-
-        key, code = ask.draw(draw)
-        while code in values:
-            key, code = ask.draw(draw)
-        values.add(code)
+        key, (code, chain) = ask.draw(draw)
+        values.remove(code)
+        names = [name for name in names if name not in chain]
         first = ask.place() if number < ask.questions else 0.9 * ask.rng.random()
         places = [first, *ask.behind(first, ask.level)]
         said = [f" {chain[0]} = {code}.", *(f" {new} = {old}." for old, new in zip(chain, chain[1:], strict=False))]
