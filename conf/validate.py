@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
-from conf.schema import ENVIRONMENT_LEVELS, STAGES, TASK_LEVELS, RunConfig
+from conf.schema import ENVIRONMENT_LEVELS, LONG_LEVELS, STAGES, TASK_LEVELS, RunConfig
 from conf.validate_data import DATA_RULES
 from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
@@ -182,13 +182,19 @@ def source_needs_path(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def known_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
-    for key, names in (("data.tasks", config.data.tasks), ("rl.tasks", config.rl.tasks)):
+    given = (
+        ("data.tasks", config.data.tasks, TASK_LEVELS),
+        ("rl.tasks", config.rl.tasks, TASK_LEVELS),
+        ("data.long_tasks", config.data.long_tasks, LONG_LEVELS),
+        ("eval.tasks", config.eval.tasks, LONG_LEVELS),
+    )
+    for key, names, levels in given:
         for name in names:
             task, colon, level = name.partition(":")
-            if task not in TASK_LEVELS:
-                yield f"{key}={name} is not known: {nearest(task, TASK_LEVELS)}"
+            if task not in levels:
+                yield f"{key}={name} is not known: {nearest(task, levels)}"
                 continue
-            hardest = TASK_LEVELS[task]
+            hardest = levels[task]
             known = level.isascii() and level.isdigit() and len(level) <= 2
             if colon and not (known and 1 <= int(level) <= hardest):
                 yield f"{key}={name} has no such level: give {task}:1 to {task}:{hardest}"

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conf.errors import nearest
-from conf.schema import LONG_LEVELS, RunConfig
+from conf.schema import RunConfig
 
 SHORTEST = 20  # tokens that hold the smallest problems, from which small models learn first
-
-
-def known_long_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
-    for key, names in (("data.long_tasks", config.data.long_tasks), ("eval.tasks", config.eval.tasks)):
-        for name in names:
-            task, colon, level = name.partition(":")
-            if task not in LONG_LEVELS:
-                yield f"{key}={name} is not known: {nearest(task, LONG_LEVELS)}"
-                continue
-            known = level.isascii() and level.isdigit() and len(level) <= 2
-            if colon and not (known and 1 <= int(level) <= LONG_LEVELS[task]):
-                yield f"{key}={name} has no such level: give {task}:1 to {task}:{LONG_LEVELS[task]}"
 
 
 def long_mix(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -59,4 +46,4 @@ def eval_tasks(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"eval.tasks={','.join(config.eval.tasks)} names a task twice, whose problems are the same: leave one out"
 
 
-LONG_RULES = (known_long_tasks, long_mix, eval_tasks)
+LONG_RULES = (long_mix, eval_tasks)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launch.report_charts import COLOURS, Panel, Series, line_chart  # noqa: E402  (needs the path above)
-from launch.report_html import document, swatch, table, text  # noqa: E402
+from launch.report_html import card, document, swatch, table, text  # noqa: E402
 
 TITLE = "What a token costs by its position"
 RESULT = ROOT / "bench" / "results" / "cost_curve.json"
@@ -41,7 +41,7 @@ ul.verdict { margin: 14px 0 0; padding-left: 20px; max-width: 80ch; }
 """
 
 
-def card(title: str, unit: str, series: Sequence[Series], x_label: str, note: str = "", markers: bool = False) -> str:
+def chart(title: str, unit: str, series: Sequence[Series], x_label: str, note: str = "", markers: bool = False) -> str:
     """A chart with its title, unit and legend."""
     panel = Panel(title, title, list(series), x_label=x_label, markers=markers)
     return framed(title, unit, [(s.name, s.colour) for s in series], line_chart(panel), note)
@@ -49,11 +49,7 @@ def card(title: str, unit: str, series: Sequence[Series], x_label: str, note: st
 
 def framed(title: str, unit: str, legend: Sequence[tuple[str, int]], drawing: str, note: str) -> str:
     named = "".join(f"<li>{swatch(colour, COLOURS)}{text(name)}</li>" for name, colour in legend)
-    said = f'<p class="notes">{text(note)}</p>' if note else ""
-    return (
-        f'<figure><figcaption><b>{text(title)}</b><span class="key">{text(unit)}</span></figcaption>'
-        f'<ul class="legend">{named}</ul>{drawing}{said}</figure>'
-    )
+    return card(title, unit, drawing, named, [note] if note else [])
 
 
 def predicted(result: Mapping[str, Any], phase: str) -> str:
@@ -63,7 +59,7 @@ def predicted(result: Mapping[str, Any], phase: str) -> str:
         for kind, colour in KINDS.items()
     ]
     note = f"128K: sparse costs {rows[-1]['sparse_over_dense']:.0%} of dense."
-    return card(
+    return chart(
         f"{phase.capitalize()}, predicted", "$ per million tokens", series, "position in the sequence, K tokens", note
     )
 
@@ -77,7 +73,7 @@ def measured(result: Mapping[str, Any], phase: str) -> str:
     last = rows[-1]
     note = f"{last['position'] / 1024:g}K: sparse takes {last['sparse_over_dense']:.0%} of dense."
     title = f"{phase.capitalize()}, measured on a CPU"
-    return card(title, "CPU milliseconds per token", series, "position in the sequence, K tokens", note, markers=True)
+    return chart(title, "CPU milliseconds per token", series, "position in the sequence, K tokens", note, markers=True)
 
 
 def kernels(result: Mapping[str, Any]) -> str:
@@ -90,7 +86,7 @@ def kernels(result: Mapping[str, Any]) -> str:
         "Forward, mean over a causal sequence: cuDNN; indexer in FP8 with its top-k, then sparse attention, in Triton."
     )
     title = "One layer's attention, measured on an H100"
-    return card(title, "GPU microseconds per token", series, "sequence length T, K tokens", note, markers=True)
+    return chart(title, "GPU microseconds per token", series, "sequence length T, K tokens", note, markers=True)
 
 
 def parts(result: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from launch.report_charts import Axis, linear_axis, log_axis
-from launch.report_html import text
+from launch.report_html import card, text
 from launch.report_names import number
 
 WIDTH, HEIGHT = 380, 230
@@ -157,14 +157,6 @@ def _line(line: Line, curve: Curve, x: Axis, y: Axis) -> list[str]:
             out.append(f'<circle class="dot" {place} r="2.6"/>')
         out.append(f'<circle class="hover" {place} r="6"><title>{said}</title></circle>')
     return [*out, "</g>"]
-
-
-def card(title: str, key: str, drawing: str, legend: str = "", notes: Sequence[str] = ()) -> str:
-    """`legend`: ready-made list items."""
-    said = "".join(f'<p class="notes">{text(note)}</p>' for note in notes)
-    items = f'<ul class="legend">{legend}</ul>' if legend else ""
-    under = f'<span class="key">{text(key)}</span>'
-    return f"<figure><figcaption><b>{text(title)}</b>{under}</figcaption>{items}{drawing}{said}</figure>"
 
 
 @dataclass

@@ -22,20 +22,10 @@ from conf.errors import UserError
 from launch.recipe import Parity, Run
 from launch.report_html import document, text
 from launch.report_html import table as html_table
+from train.intervals import LEVEL, t_quantile
 
-# 97.5% quantiles of Student's t by degrees of freedom, 1 to 10
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-Z = 1.959964  # of the normal distribution
 LOWER_IS_BETTER = ("loss/",)
 HEAD = ("", "control", "DSA", "DSA - control", "95% interval", "verdict")
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5% quantile of Student's t; beyond the table by its expansion in 1 / freedom, right to 2e-4."""
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    terms = ((Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384)
-    return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -48,8 +38,10 @@ def paired(control: Sequence[float], sparse: Sequence[float]) -> dict[str, Any]:
     control's mean (None where that is 0), values."""
     values = [b - a for a, b in zip(control, sparse, strict=True)]
     middle, deviation = mean(values), spread(values)
-    half = None if deviation is None else t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
-    low, high = (None, None) if half is None else (middle - half, middle + half)
+    low = high = None
+    if deviation is not None:
+        half = t_quantile((1 + LEVEL) / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+        low, high = middle - half, middle + half
     relative = middle / abs(mean(control)) if mean(control) else None
     return {"mean": middle, "low": low, "high": high, "relative": relative, "values": values}
 

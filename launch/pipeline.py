@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from conf.errors import UserError, nearest  # noqa: E402  (needs the path above when run from a bare checkout)
+from conf.outcome import FINISHED, PREEMPTED_STATUS, finished  # noqa: E402
 from launch.recipe import Recipe, Run, find_recipe, plan, read_recipe  # noqa: E402
-from launch.runner import PREEMPTED_STATUS, Runner  # noqa: E402
+from launch.runner import Runner  # noqa: E402
 
-FINISHED = ("hf/config.json", "evaluation.json")  # what a finished run leaves, written whole
 STATE = "pipeline.json"
 
 
@@ -91,10 +91,6 @@ def refuse_stale(runs: Sequence[Run], state: State) -> None:
     ]
     if wrong:
         raise UserError("\n".join(wrong))
-
-
-def finished(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in FINISHED)
 
 
 def duration(seconds: float) -> str:

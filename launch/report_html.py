@@ -97,3 +97,11 @@ def document(title: str, body: str, css: str = "", script: str = "", asks: bool 
         f"<title>{text(title)} · Winnow</title>\n<style>\n{asset('report.css')}{css}</style></head>\n"
         f"<body><main>\n{body}\n</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+
+
+def card(title: str, key: str, drawing: str, legend: str = "", notes: Sequence[str] = ()) -> str:
+    """A drawing in its card: title, key or unit, `legend` (ready-made list items), notes below."""
+    said = "".join(f'<p class="notes">{text(note)}</p>' for note in notes)
+    items = f'<ul class="legend">{legend}</ul>' if legend else ""
+    under = f'<span class="key">{text(key)}</span>'
+    return f"<figure><figcaption><b>{text(title)}</b>{under}</figcaption>{items}{drawing}{said}</figure>"

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 
 STAGE = Path(__file__).resolve().parent / "stage.py"
-PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conf.convert import load_yaml, save_yaml, to_dict
 from conf.errors import UserError
+from conf.outcome import PREEMPTED_STATUS, finished
 from conf.schema import RunConfig
 from conf.validate import check, flatten, warnings
 from model import Transformer
@@ -62,8 +63,6 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "resume",
     "output_dir",
 )
-FINISHED = ("hf/config.json", "evaluation.json")  # what a finished run leaves, written whole
-PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
 class Preempted(SystemExit):
@@ -352,7 +351,7 @@ def open_run(config: RunConfig, overrides: frozenset[str]) -> RunContext | None:
     if stored is not None and stored.stage != config.stage:
         raise UserError(f"{folder} holds a run of stage {stored.stage}: give another output_dir")
     resumed = checkpoint.newest(folder)
-    exported = any((folder / mark).is_file() for mark in FINISHED)
+    exported = finished(folder)
     begun = stored is not None and (resumed is not None or exported)
     config = resolve(config, overrides, stored if begun else None)
     check(config, distributed.world_size())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import re
 
 
 class Page(html.parser.HTMLParser):
@@ -29,3 +30,10 @@ class Page(html.parser.HTMLParser):
 
     def count(self, tag: str, **attributes: str) -> int:
         return sum(name == tag and attributes.items() <= found.items() for name, found in self.tags)
+
+
+def card_with(source: str, mark: str) -> str:
+    """The one card that holds `mark`."""
+    found = [card for card in re.findall(r"<figure>.*?</figure>", source, re.DOTALL) if mark in card]
+    assert len(found) == 1, f"{len(found)} cards with {mark}"
+    return found[0]

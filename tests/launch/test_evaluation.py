@@ -11,7 +11,7 @@ import pytest
 
 from launch.evaluation import main, write_evaluation
 from launch.evaluation_charts import Curve, Grid, Line, curve_card, grid_card, token_axis, tokens
-from tests.launch.html_page import Page
+from tests.launch.html_page import Page, card_with
 
 ATTACK = "</text><script>alert(1)</script>\" onload='alert(2)"
 BUCKETS = [(1, 16), (17, 32), (33, 64), (65, 100)]
@@ -66,9 +66,7 @@ def rendered(folder: Path, found: Any) -> tuple[str, Page]:
 
 
 def card_of(source: str, title: str) -> str:
-    found = [card for card in re.findall(r"<figure>.*?</figure>", source, re.DOTALL) if f"<b>{title}</b>" in card]
-    assert len(found) == 1, f"{len(found)} cards of {title}"
-    return found[0]
+    return card_with(source, f"<b>{title}</b>")
 
 
 def test_every_table_has_its_pictures(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from launch.parity import (
     numbers,
     paired,
     read_pairs,
-    t_quantile,
     verdict,
     write_parity,
 )
 from launch.recipe import Parity, Run
+from train.intervals import t_quantile
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from launch.recipe import Parity, Run
     [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (11, 2.201), (15, 2.131), (30, 2.042), (120, 1.980)],
 )
 def test_quantiles_equal_a_printed_table(freedom: int, printed: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(printed, abs=6e-4)
+    assert t_quantile(0.975, freedom) == pytest.approx(printed, abs=6e-4)
 
 
 def test_a_paired_difference_worked_out_by_hand() -> None:

@@ -23,7 +23,7 @@ from launch.report_data import load_run, run_names
 from launch.report_heat import Shade
 from launch.report_html import POLICY, text
 from launch.report_names import metric, number, quantity, section_of
-from tests.launch.html_page import Page
+from tests.launch.html_page import Page, card_with
 from tests.launch.runs import summary_row, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +37,7 @@ def rendered(runs: list[Path], out: Path, **options: object) -> tuple[str, Page]
 
 def figure_of(source: str, key: str) -> str:
     """The card of one metric."""
-    found = [card for card in re.findall(r"<figure>.*?</figure>", source, re.DOTALL) if f'"key">{key}' in card]
-    assert len(found) == 1, f"{len(found)} cards of {key}"
-    return found[0]
+    return card_with(source, f'"key">{key}')
 
 
 def test_two_runs_are_laid_over_each_other_in_their_own_colours(tmp_path: Path) -> None:
