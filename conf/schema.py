@@ -19,7 +19,7 @@ TASK_LEVELS = {  # data/tasks: hardest of each
     "copying": 8,
 }
 LONG_LEVELS = {  # data/tasks/long: the highest level of each
-    "needle": 2, "queries": 8, "values": 8, "kv": 2, "variables": 8, "hops": 4, "common": 5, "copy": 16,
+    "needle": 2, "queries": 8, "values": 8, "kv": 2, "variables": 8, "hops": 4, "common": 5, "copy": 16, "repeat": 1,
 }  # fmt: skip
 ENVIRONMENT_LEVELS = {"calculator": 3, "search": 3, "programs": 3, "tickets": 4}  # rl/env: hardest of each
 STAGES = ("pretrain", "dense_warmup", "sparse_adapt", "sft", "grpo", "evaluate")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from conf.schema import RunConfig
 
-SHORTEST = 20  # tokens that hold the smallest problems, from which small models learn first
+SHORTEST = 10  # tokens that hold the smallest problems, from which small models learn first
 
 
 def long_mix(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 PROBES = 8  # problems of a task that must fit before a run begins
+MOST_REMEMBERED = 200  # characters of a text whose ids are kept: a sentence, not a context said again
 
 
 class LongProblems:
@@ -37,11 +38,11 @@ class LongProblems:
         self.cfg, self.seed, self.split = cfg, seed, split
         self.frame = [[] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
 
-        @lru_cache(maxsize=1 << 16)
         def encode(text: str) -> list[int]:
             return encode_texts(tokenizer, [text])[0]
 
-        self._encode = encode
+        remembered = lru_cache(maxsize=1 << 16)(encode)
+        self._encode = lambda text: remembered(text) if len(text) <= MOST_REMEMBERED else encode(text)
 
     def problem(
         self, name: str, index: str | int, length: int, depth: float | None = None, questions: int = 1

@@ -1,14 +1,14 @@
 """Verified traces of environments for the cold start (SFT), each with tool calls and their real results.
 
-    python launch/traces.py ENV[:LEVEL] ... [--num 4000] [--seed 0] [--heldout 0.1] [--slips 0.1] [--bare 0.5]
-        [--out FILE.jsonl]
+    python launch/traces.py ENV[:LEVEL] ... [--num 4000] [--seed 0] [--heldout 0.1] [--slips 0.1] [--at-once 0.5]
+        [--bare 0.5] [--out FILE.jsonl]
 
 ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares; twice named, twice the share. The
 problems are of the train split at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one
-call fails first. Only what the verifier accepts is written, a row {"messages", "tools"} a line, the whole file or none.
-`programs` runs in the sandbox; `--sandbox` is rl.tools.sandbox. `--bare`: share of rows without the schemas, which are
-most of a short trace's tokens: for a first phase, in which a small model learns calls and results as such. Exit status:
-0 done, 2 the user's mistake.
+call fails first; `--at-once`: share that answers without a thought or a call. Only what the verifier accepts is
+written, a row {"messages", "tools"} a line, the whole file or none. `programs` runs in the sandbox; `--sandbox` is
+rl.tools.sandbox. `--bare`: share of rows without the schemas, which are most of a short trace's tokens: for a first
+phase, in which a small model learns calls and results as such. Exit status: 0 done, 2 the user's mistake.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if str(ROOT) not in sys.path:
 from conf.errors import UserError  # noqa: E402
 from rl.env.environment import Environment, EnvProblem  # noqa: E402
 from rl.env.registry import choose  # noqa: E402
-from rl.env.traces import Trace, play  # noqa: E402
+from rl.env.traces import Trace, at_once, play  # noqa: E402
 
 USER_MISTAKE = 2
-AT_ONCE = 16  # traces that are played side by side
+SIDE_BY_SIDE = 16  # traces that are played
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,13 +50,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=float, default=0.1)
     parser.add_argument("--slips", type=float, default=0.0)
+    parser.add_argument("--at-once", type=float, default=0.0)
     parser.add_argument("--bare", type=float, default=0.0)
     parser.add_argument("--out", type=Path, default=Path("runs/traces.jsonl"))
     parser.add_argument("--sandbox", default="auto")
     given = parser.parse_args(arguments)
     if given.num < 1:
         raise UserError(f"--num {given.num} writes nothing: give 1 or more")
-    for name, share in (("heldout", given.heldout), ("slips", given.slips)):
+    for name, share in (("heldout", given.heldout), ("slips", given.slips), ("at-once", given.at_once)):
         if not 0 <= share < 1:
             raise UserError(f"--{name} {share:g} is no share: give 0 or more, less than 1")
     if not 0 <= given.bare <= 1:
@@ -115,8 +116,8 @@ async def write_traces(given: argparse.Namespace) -> tuple[int, int, int]:
     with _whole(given.out) as file:
         async with _sandbox([environment for environment, _ in chosen], given.sandbox):
             with Progress(given.num, "traces", unit="trace") as progress:
-                for start in range(0, given.num, AT_ONCE):
-                    numbers = range(start, min(start + AT_ONCE, given.num))
+                for start in range(0, given.num, SIDE_BY_SIDE):
+                    numbers = range(start, min(start + SIDE_BY_SIDE, given.num))
                     for problem, trace in await asyncio.gather(*(_one(number, chosen, given) for number in numbers)):
                         if trace.verdict < 1:
                             refused += 1
@@ -138,7 +139,10 @@ async def _one(
     environment, level = chosen[number % len(chosen)]
     problem = environment.problem_at(number, "train", given.seed, level, given.heldout)
     rng = random.Random(f"slip/{given.seed}/{number}")
-    return problem, await play(environment, problem, rng if rng.random() < given.slips else None)
+    trace = await play(environment, problem, rng if rng.random() < given.slips else None)
+    if random.Random(f"at once/{given.seed}/{number}").random() < given.at_once:
+        trace = await at_once(environment, problem, trace)
+    return problem, trace
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,7 +4,8 @@
                   {"role": "tool", "content"}, ..., {"role": "assistant", ...}], "tools": [schemas]}
 
 What the tools said stands in it as they said it, and the verifier judges the end, so a trace with verdict 1 is a proof
-that the problem can be solved. A trace may hold a slip: one call that fails, its error, and the call once more.
+that the problem can be solved. A trace may hold a slip: one call that fails, its error, and the call once more. Or it
+answers at once, without a thought and without a call: the other half of a choice that RL is to find the better half of.
 """
 
 from __future__ import annotations
@@ -81,6 +82,18 @@ async def play(environment: Environment, problem: EnvProblem, slip: random.Rando
     finally:
         await player.box.close()
     return Trace(player.messages, [tool.schema() for tool in tools], verdict, slips)
+
+
+async def at_once(environment: Environment, problem: EnvProblem, trace: Trace) -> Trace:
+    """The answer of a trace, said at once; the verdict is that on tools which nobody has called."""
+    answer = trace.messages[-1]["content"]
+    tools = environment.tools(problem)
+    try:
+        verdict = await environment.verify(problem, answer, tools)
+    finally:
+        for tool in tools:
+            await tool.close()
+    return Trace([trace.messages[0], _message(Said("", answer))], trace.tools, verdict)
 
 
 def slipped(call: ToolCall, rng: random.Random) -> ToolCall:

@@ -28,7 +28,7 @@ RUN = RunConfig(stage="evaluate", output_dir="runs/x")
         ),
         (
             {"long_tasks": ("kv",), "long_share": 0.7, "long_min": 1024},
-            "data.long_min=1024 is outside 20 to data.seq_len=512: give a value inside",
+            "data.long_min=1024 is outside 10 to data.seq_len=512: give a value inside",
         ),
         (
             {"long_tasks": ("kv",), "long_share": 0.7, "long_max": 100},
@@ -56,7 +56,7 @@ def test_mix(data: dict, message: str) -> None:
         ),
         (
             {"tasks": ("kv",), "lengths": (40000,)},
-            "eval.lengths=40000 is outside 20 to model.max_position_embeddings=32768: give a value inside",
+            "eval.lengths=40000 is outside 10 to model.max_position_embeddings=32768: give a value inside",
         ),
         ({"tasks": ("kv",), "depths": 0}, "eval.depths=0 is too small: give 1 or more"),
     ],

@@ -23,7 +23,7 @@ from data.tasks.long import LONG_TASKS, LongProblem, choose_long, copying, probl
 from data.tasks.long.vocabulary import NAMES, VALUES, filler
 from data.tokenizer import encode_texts, load_tokenizer
 
-NAMED = ["needle", "needle:2", "queries", "values", "kv", "kv:2", "variables", "common", "hops", "copy"]
+NAMED = ["needle", "needle:2", "queries", "values", "kv", "kv:2", "variables", "common", "hops", "copy", "repeat"]
 ANY = st.sampled_from([(name, level) for name, most in LONG_LEVELS.items() for level in range(1, most + 1)])
 
 
@@ -90,6 +90,7 @@ SOLVERS: dict[str, Callable[[str, str], str]] = {
     "common": solve_common,
     "hops": solve_hops,
     "copy": solve_copy,
+    "repeat": lambda text, question: text,
 }
 
 
@@ -156,7 +157,7 @@ def test_a_cue_occurs_once_however_few_the_words(monkeypatch: pytest.MonkeyPatch
         assert "".join(problem.context).count(problem.questions[0].prompt.strip()) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if name[:4] not in ("vari", "comm", "copy")])
+@pytest.mark.parametrize("name", [name for name in NAMED if name[:4] not in ("vari", "comm", "copy", "repe")])
 def test_a_key_names_a_fact_that_stands_there(name: str) -> None:
     for index in range(20):
         problem = problem_at(name, index, "train", 0, 300, None, words, questions=3)

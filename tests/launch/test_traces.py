@@ -68,6 +68,28 @@ def test_slips_come_in_the_share_that_is_asked_for(tmp_path: Path) -> None:
     assert 30 < some < 90  # 0.4 of 200, of which one in four has two calls and slips at neither
 
 
+def test_some_traces_answer_at_once(tmp_path: Path) -> None:
+    def calls(row: dict[str, Any]) -> bool:
+        return any("tool_calls" in message for message in row["messages"])
+
+    whole = write(tmp_path, "search:1", "--num", "100")
+    some = write(tmp_path, "search:1", "--num", "100", "--at-once", "0.4")
+    assert all(map(calls, whole)) and 20 < sum(not calls(row) for row in some) < 60
+    for mine, theirs in zip(some, whole, strict=True):
+        said = [mine["messages"][0], mine["messages"][-1]]
+        assert [m["content"] for m in said] == [theirs["messages"][at]["content"] for at in (0, -1)]
+        assert mine["tools"] == theirs["tools"]
+        if not calls(mine):
+            assert len(mine["messages"]) == 2 and said[1]["reasoning_content"] == ""
+        else:
+            assert mine == theirs
+
+
+def test_what_only_calls_can_do_is_never_answered_at_once(tmp_path: Path) -> None:
+    rows = write(tmp_path, "tickets:1", "--num", "40", "--at-once", "0.5")
+    assert 5 < len(rows) < 35 and all(any("tool_calls" in message for message in row["messages"]) for row in rows)
+
+
 def test_bare_rows_lack_the_schemas_and_nothing_else(tmp_path: Path) -> None:
     whole = write(tmp_path, "calculator:1", "--num", "40")
     some = write(tmp_path, "calculator:1", "--num", "40", "--bare", "0.5")
@@ -143,6 +165,7 @@ def test_an_old_file_stays_where_the_new_one_is_not_finished(tmp_path: Path, mon
         (["search", "--num", "0"], "--num 0 writes nothing"),
         (["search", "--num", "many"], "invalid int value: 'many'"),
         (["search", "--slips", "1.5"], "--slips 1.5 is no share"),
+        (["search", "--at-once", "1"], "--at-once 1 is no share: give 0 or more, less than 1"),
         (["search", "--bare", "1.5"], "--bare 1.5 is no share: give 0 to 1"),
         (["search", "--heldout", "nan"], "--heldout nan is no share"),
         (["search", "--sede", "1"], "unrecognized arguments: --sede 1"),

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from data.tasks.long.common import COMMON
-from data.tasks.long.copying import COPY
+from data.tasks.long.copying import COPY, REPEAT
 from data.tasks.long.hops import HOPS
 from data.tasks.long.long_task import Ask, LongProblem, LongTask, Question
 from data.tasks.long.needle import NEEDLE, QUERIES, VALUES
@@ -24,7 +24,7 @@ __all__ = ["LONG_TASKS", "LongProblem", "LongTask", "Question", "choose_long", "
 SAMPLE = 400  # problems in a tokenizer's corpus
 SAID = 400  # times that every word stands there besides: as often as in text, so that it becomes one token
 LONG_TASKS: dict[str, LongTask] = {
-    task.name: task for task in (NEEDLE, QUERIES, VALUES, KV, VARIABLES, COMMON, HOPS, COPY)
+    task.name: task for task in (NEEDLE, QUERIES, VALUES, KV, VARIABLES, COMMON, HOPS, COPY, REPEAT)
 }
 
 
