@@ -5,7 +5,7 @@
 
 What the tools said stands in it as they said it, and the verifier judges the end, so a trace with verdict 1 is a proof
 that the problem can be solved. A trace may hold a slip: one call that fails, its error, and the call once more. Or it
-answers at once, without a thought and without a call: the other half of a choice that RL is to find the better half of.
+answers from the head, without a call: the other half of a choice that RL is to find the better half of.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ AGAIN = (
     "An error. Once more, right this time.",
     "The call was wrong; again.",
 )
+NO_CALL = ("No call needed.", "That one I know.", "I can say that at once.")
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ async def play(environment: Environment, problem: EnvProblem, slip: random.Rando
     return Trace(player.messages, [tool.schema() for tool in tools], verdict, slips)
 
 
-async def at_once(environment: Environment, problem: EnvProblem, trace: Trace) -> Trace:
-    """The answer of a trace, said at once; the verdict is that on tools which nobody has called."""
+async def at_once(environment: Environment, problem: EnvProblem, trace: Trace, rng: random.Random) -> Trace:
+    """The answer of a trace, said at once; the verdict is that on tools which nobody has called. There is a thought
+    still: without one the row would be of the mode that does not think, which is another prompt."""
     answer = trace.messages[-1]["content"]
     tools = environment.tools(problem)
     try:
@@ -93,7 +95,7 @@ async def at_once(environment: Environment, problem: EnvProblem, trace: Trace) -
     finally:
         for tool in tools:
             await tool.close()
-    return Trace([trace.messages[0], _message(Said("", answer))], trace.tools, verdict)
+    return Trace([trace.messages[0], _message(Said(rng.choice(NO_CALL), answer))], trace.tools, verdict)
 
 
 def slipped(call: ToolCall, rng: random.Random) -> ToolCall:
