@@ -5,7 +5,7 @@
 
 ENV: calculator, search, programs, tickets (docs/environments.md), in equal shares; twice named, twice the share. The
 problems are of the train split at `--heldout` (give it as data.heldout later). `--slips`: share of traces in which one
-call fails first; `--at-once`: share that answers without a call. Only what the verifier accepts is
+call fails first; `--at-once`: share that says its end at once, without a call. Only what the verifier accepts is
 written, a row {"messages", "tools"} a line, the whole file or none. `programs` runs in the sandbox; `--sandbox` is
 rl.tools.sandbox. `--bare`: share of rows without the schemas, which are most of a short trace's tokens: for a first
 phase, in which a small model learns calls and results as such. Exit status: 0 done, 2 the user's mistake.
@@ -140,9 +140,8 @@ async def _one(
     problem = environment.problem_at(number, "train", given.seed, level, given.heldout)
     rng = random.Random(f"slip/{given.seed}/{number}")
     trace = await play(environment, problem, rng if rng.random() < given.slips else None)
-    rng = random.Random(f"at once/{given.seed}/{number}")
-    if rng.random() < given.at_once:
-        trace = await at_once(environment, problem, trace, rng)
+    if random.Random(f"at once/{given.seed}/{number}").random() < given.at_once:
+        trace = await at_once(environment, problem, trace)
     return problem, trace
 
 

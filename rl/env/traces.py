@@ -24,7 +24,6 @@ AGAIN = (
     "An error. Once more, right this time.",
     "The call was wrong; again.",
 )
-NO_CALL = ("No call needed.", "That one I know.", "I can say that at once.")
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,16 @@ async def play(environment: Environment, problem: EnvProblem, slip: random.Rando
     return Trace(player.messages, [tool.schema() for tool in tools], verdict, slips)
 
 
-async def at_once(environment: Environment, problem: EnvProblem, trace: Trace, rng: random.Random) -> Trace:
-    """The answer of a trace, said at once; the verdict is that on tools which nobody has called. There is a thought
-    still: without one the row would be of the mode that does not think, which is another prompt."""
-    answer = trace.messages[-1]["content"]
+async def at_once(environment: Environment, problem: EnvProblem, trace: Trace) -> Trace:
+    """What a trace ends with, said at once; the verdict is that on tools which nobody has called."""
+    last = trace.messages[-1]
     tools = environment.tools(problem)
     try:
-        verdict = await environment.verify(problem, answer, tools)
+        verdict = await environment.verify(problem, last["content"], tools)
     finally:
         for tool in tools:
             await tool.close()
-    return Trace([trace.messages[0], _message(Said(rng.choice(NO_CALL), answer))], trace.tools, verdict)
+    return Trace([trace.messages[0], last], trace.tools, verdict)
 
 
 def slipped(call: ToolCall, rng: random.Random) -> ToolCall:
