@@ -11,6 +11,7 @@ import bench.fp8  # noqa: F401
 import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
 import bench.memory  # noqa: F401
+import bench.needles  # noqa: F401
 import bench.oracle  # noqa: F401
 import bench.parity  # noqa: F401
 import bench.rollout  # noqa: F401

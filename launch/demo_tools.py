@@ -34,6 +34,7 @@ class Plan:
 
     environments: dict[str, str]
     traces: int
+    at_once: float  # share of the cold start's traces that answer from the head: GRPO is to find that calling pays
     copying: int
     base: int
     warmup: int
@@ -48,10 +49,11 @@ class Plan:
 FULL = Plan(
     environments={"calculator": "calculator:1", "search": "search:1"},
     traces=16000,
+    at_once=0.3,
     copying=600,
-    base=2800,
+    base=2400,
     warmup=60,
-    cold_start=250,
+    cold_start=150,
     grpo=12,
     prompts=12,
     eval_prompts=96,
@@ -61,6 +63,7 @@ FULL = Plan(
 SHORT = Plan(
     environments={"calculator": "calculator:1"},
     traces=1000,
+    at_once=0.3,
     copying=20,
     base=40,
     warmup=10,
@@ -80,7 +83,10 @@ def trace_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     names = " ".join([*plan.environments.values(), *list(plan.environments.values())[1:]])  # the first is soon learned
     return [
         ("base_traces.jsonl", f"{names} --num {plan.traces} --bare 0.9 --seed 0 --out {out}/base_traces.jsonl"),
-        ("traces.jsonl", f"{names} --num {plan.traces // 4} --seed 1 --out {out}/traces.jsonl"),
+        (
+            "traces.jsonl",
+            f"{names} --num {plan.traces // 4} --at-once {plan.at_once} --seed 1 --out {out}/traces.jsonl",
+        ),
     ]
 
 
@@ -89,12 +95,12 @@ def commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     mixed = f"data.source=files data.path={out}/base_traces.jsonl data.tasks=copying:1,copying:2 data.seq_len=512"
     mixed += " data.packing=best_fit"
     traces = f"data.source=files data.path={out}/traces.jsonl data.seq_len=1280 data.packing=best_fit"
-    # the first is nearly learned when GRPO begins
+    # the first is soon learned
     shares = dict.fromkeys(plan.environments, 3) | {next(iter(plan.environments)): 1}
     each = ", ".join(f"{name}: {{env: {env}, share: {shares[name]}}}" for name, env in plan.environments.items())
     asked = f"'rl.domains={{{each}}}' rl.outcome=environment rl.max_new_tokens=224 rl.tools.max_turns=5"
     policy = (
-        f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=3e-4 optim.schedule=cosine"
+        f"rl.prompts_per_step={plan.prompts} rl.group_size=8 rl.length_penalty=0 optim.lr=5e-4 optim.schedule=cosine"
     )
     curve = f"rl.eval_every={max(1, plan.grpo // 2)} rl.eval_prompts={plan.eval_prompts // 2}"
     vocabulary = "model=tiny model.vocab_size=768 model.index_topk=128 model.num_nextn_predict_layers=0"
