@@ -1,6 +1,7 @@
 """Stages strung together by a recipe, resumable: the whole way, or an ablation, in one command.
 
     python launch/pipeline.py RECIPE [--dir DIR] [--ranks N] [--only NAME] [--list | --dry-run] [key=value ...]
+        [--launch COMMAND]
 
 RECIPE is a YAML file or the name of one under conf/recipes (launch/recipe.py says what it holds; docs/pipeline.md).
 Settings on the command line go to every stage, `init_from` to those that start from no other. Each stage is an ordinary
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -64,10 +66,10 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     return chosen
 
 
-def execute(runs: Sequence[Run], state: State) -> int:
+def execute(runs: Sequence[Run], state: State, launch: str = "") -> int:
     """Runs one after another and stops at the first that does not finish, or whose gate is closed -> exit status."""
     names = [run.name for run in runs]
-    with Runner() as runner:
+    with Runner(shlex.split(launch)) as runner:
         for i, name in enumerate(names, 1):
             run, label = state.runs[name], f"[{i}/{len(runs)} {name}]"
             refuse_stale([run], state)  # what it starts from may have been trained on just now
@@ -146,6 +148,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every stage")
     parser.add_argument("--dir", type=Path, default=None, help="folder of the runs (runs/NAME of the recipe)")
     parser.add_argument("--ranks", type=int, default=None, help="processes of every stage, whatever the recipe says")
+    launch = "starts a stage on all its ranks, in place of torchrun here; launch/cluster/slurm.sbatch gives it"
+    parser.add_argument("--launch", default="", metavar="COMMAND", help=launch)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this stage alone; may be repeated")
     dry = "check everything, print gates and commands and run nothing"
     parser.add_argument("--list", "--dry-run", action="store_true", dest="list", help=dry)
@@ -167,17 +171,17 @@ def run(options: argparse.Namespace) -> int:
         for each in chosen:
             for gate in each.gates:
                 print(f"[{each.name}] gate {shown(gate)}")
-            print(f"[{each.name}] {each.command(entry)}")
+            print(f"[{each.name}] {each.command(entry, options.launch)}")
         return 0
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--dir {out} cannot be written ({error.strerror}): give another folder") from error
     print(f"{path}: {len(chosen)} stages into {out}{f' ({recipe.title})' if recipe.title else ''}", flush=True)
-    state = State(out, path, runs, entry)
+    state = State(out, path, runs, entry, options.launch)
     chosen = [state.runs[each.name] for each in chosen]
     refuse_stale(chosen, state)
-    status = execute(chosen, state)
+    status = execute(chosen, state, options.launch)
     if status == 0 and recipe.parity is not None and not options.only:
         from launch.parity import write_parity
 

@@ -22,8 +22,8 @@ class State:
     attempts, exit code, when the run that it started from was written, the reason of its closed gate, and the steps
     that gates of others gave it. Replaced whole after every change."""
 
-    def __init__(self, folder: Path, recipe: Path, runs: Sequence[Run], entry: str) -> None:
-        self.path, self.recipe, self.entry = folder / STATE, str(recipe), entry
+    def __init__(self, folder: Path, recipe: Path, runs: Sequence[Run], entry: str, launch: str = "") -> None:
+        self.path, self.recipe, self.launch = folder / STATE, str(recipe), (entry, launch)
         self.began = time.monotonic()
         before = self._read()
         self.stages: dict[str, dict[str, Any]] = {}
@@ -31,7 +31,7 @@ class State:
         for run in runs:
             entered = before.get(run.name, {"status": "waiting", "seconds": 0.0, "exit_code": None})
             run = self.runs[run.name] = _grown(run, entered.get("steps", 0))
-            command = run.command(entry)
+            command = run.command(*self.launch)
             if entered["status"] == "running":  # the pipeline itself was killed
                 entered["status"] = "failed"
             if entered.get("command", command) != command:  # the stage itself says what may differ
@@ -58,7 +58,7 @@ class State:
     def grow(self, name: str, steps: int) -> Run:
         """The run with `train.steps=steps` from now on, also for a pipeline that is started again."""
         run = self.runs[name] = _grown(self.runs[name], steps)
-        self.set(name, steps=steps, command=run.command(self.entry))
+        self.set(name, steps=steps, command=run.command(*self.launch))
         return run
 
     def done(self, run: Run) -> bool:

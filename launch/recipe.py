@@ -89,8 +89,10 @@ class Run:
         """Of launch/stage.py."""
         return [f"+stage={self.stage}", *self.settings, f"output_dir={self.folder}"]
 
-    def command(self, entry: str = "launch/stage.py") -> str:
-        """The line that repeats it by hand."""
+    def command(self, entry: str = "launch/stage.py", launch: str = "") -> str:
+        """The line that repeats it by hand. `launch`: what starts a stage, in place of torchrun here."""
+        if launch:
+            return f"{launch} {shlex.join(self.arguments)}"
         launcher = f"torchrun --standalone --nproc-per-node {self.ranks}" if self.ranks > 1 else "python"
         return f"{launcher} {entry} {shlex.join(self.arguments)}"
 
@@ -316,7 +318,7 @@ def _check_configs(runs: Sequence[Run]) -> None:
         before = models.get(steps[run.start]) if run.start is not None else None
         try:
             loaded = load(run.arguments)
-            model = models[run.step] = _model(loaded, before)
+            model = models[run.step] = resolved_model(loaded, before)
             config = configs[run.step] = replace(loaded.config, model=model)
             resolve_rates(DECLARED[run.stage], config.optim, model.hidden_size)
             wrong += [f"stage {run.step}: {line}" for line in violations(config, run.ranks)]
@@ -333,7 +335,7 @@ def _check_configs(runs: Sequence[Run]) -> None:
         raise UserError("\n".join(wrong))
 
 
-def _model(loaded: Loaded, start: ModelConfig | None) -> ModelConfig:
+def resolved_model(loaded: Loaded, start: ModelConfig | None) -> ModelConfig:
     """The architecture that the run will have. `start`: of the run that it starts from; None where it has none here."""
     from train.start import MAY_DIFFER, checkpoint_model, weights_folder
 
