@@ -40,8 +40,8 @@ def slurm(rendered: Rendered) -> str:
         "signal": f"B:USR1@{job.grace_s}",
     }
     for key, value in options.items():
-        line = f"#SBATCH --{key}={value}"
-        text, found = re.subn(rf"(?m)^#SBATCH --{key}=\S+", lambda _, line=line: line, text)
+        line = f"#SBATCH --{key}={value}".replace("\\", r"\\")
+        text, found = re.subn(rf"(?m)^#SBATCH --{key}=\S+", line, text)
         assert found == 1, f"{SBATCH} has no line for --{key}"
     extra = {key: getattr(job, key) for key in ("partition", "account", "qos", "constraint")}
     lines = [f"#SBATCH --{key}={value}" for key, value in extra.items() if value]
