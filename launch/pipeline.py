@@ -1,6 +1,7 @@
 """Stages strung together by a recipe, resumable: the whole way, or an ablation, in one command.
 
-    python launch/pipeline.py RECIPE [--dir DIR] [--ranks N] [--only NAME] [--list] [key=value ...]
+    python launch/pipeline.py RECIPE [--dir DIR] [--ranks N] [--only NAME] [--list | --dry-run] [key=value ...]
+        [--launch COMMAND]
 
 RECIPE is a YAML file or the name of one under conf/recipes (launch/recipe.py says what it holds; docs/pipeline.md).
 Settings on the command line go to every stage, `init_from` to those that start from no other. Each stage is an ordinary
@@ -8,78 +9,29 @@ command line, echoed so that it can be copied, and writes to DIR/NAME; DIR/pipel
 Started again, the same command skips what is finished and goes on with the rest. SIGTERM and Ctrl-C reach the running
 stage, which saves first.
 
-Exit status: 0 all finished, 2 the user's mistake (told before anything runs), 143 stopped and saved, else the status of
-the stage that failed.
+Exit status: 0 all finished, 2 the user's mistake (told before anything runs), 3 a gate is closed (launch/gates.py), 143
+stopped and saved, else the status of the stage that failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from conf.errors import UserError, nearest  # noqa: E402  (needs the path above when run from a bare checkout)
-from conf.outcome import FINISHED, PREEMPTED_STATUS, finished  # noqa: E402
+from conf.outcome import PREEMPTED_STATUS, finished  # noqa: E402
+from launch.gates import CLOSED, shown  # noqa: E402
+from launch.pipeline_state import State, stamp  # noqa: E402
 from launch.recipe import Recipe, Run, find_recipe, plan, read_recipe  # noqa: E402
 from launch.runner import Runner  # noqa: E402
-
-STATE = "pipeline.json"
-
-
-class State:
-    """DIR/pipeline.json: of each run its status (waiting, running, done, failed, preempted), command, seconds over all
-    attempts, exit code, and when the run that it started from was written. Replaced whole after every change."""
-
-    def __init__(self, folder: Path, recipe: Path, runs: Sequence[Run], entry: str) -> None:
-        self.path, self.recipe = folder / STATE, str(recipe)
-        before = self._read()
-        self.stages: dict[str, dict[str, Any]] = {}
-        for run in runs:
-            entered = before.get(run.name, {"status": "waiting", "seconds": 0.0, "exit_code": None})
-            command = run.command(entry)
-            if entered["status"] == "running":  # the pipeline itself was killed
-                entered["status"] = "failed"
-            if entered.get("command", command) != command:  # the stage itself says what may differ
-                entered["status"] = "waiting"
-            self.stages[run.name] = entered | {"command": command}
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            stages: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
-        except FileNotFoundError:
-            return {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} cannot be read ({error}): remove it, what is finished stays so") from error
-        return stages
-
-    def set(self, name: str, **changes: Any) -> None:
-        self.stages[name] |= changes
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{STATE}")
-        text = json.dumps({"recipe": self.recipe, "stages": self.stages}, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self.path)
-
-    def done(self, run: Run) -> bool:
-        """Whether it need not be started: it finished by this very command and its results are there."""
-        return bool(self.stages[run.name]["status"] == "done") and finished(run.folder)
-
-    def stale(self, run: Run) -> bool:
-        """Whether what its folder holds, finished or not, was made from what is not there any more, or was written anew
-        since."""
-        written = self.stages[run.name].get("start_written")
-        if run.start is None or written is None or not run.folder.is_dir():
-            return False
-        start = run.folder.parent / run.start
-        return not finished(start) or stamp(start) != written
 
 
 def refuse_stale(runs: Sequence[Run], state: State) -> None:
@@ -114,36 +66,66 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     return chosen
 
 
-def execute(runs: Sequence[Run], state: State) -> int:
-    """Runs one after another and stops at the first that does not finish -> exit status."""
-    began = time.monotonic()
-    with Runner() as runner:
-        for i, run in enumerate(runs, 1):
-            label = f"[{i}/{len(runs)} {run.name}]"
+def execute(runs: Sequence[Run], state: State, launch: str = "") -> int:
+    """Runs one after another and stops at the first that does not finish, or whose gate is closed -> exit status."""
+    names = [run.name for run in runs]
+    with Runner(shlex.split(launch)) as runner:
+        for i, name in enumerate(names, 1):
+            run, label = state.runs[name], f"[{i}/{len(runs)} {name}]"
             refuse_stale([run], state)  # what it starts from may have been trained on just now
             if state.done(run):
                 print(f"{label} finished before", flush=True)
                 continue
-            if runner.stopped is not None:
-                return runner.stopped
-            before, started = state.stages[run.name], time.time()
-            print(f"\n{label} {before['command']}", flush=True)
-            start = None if run.start is None else stamp(run.folder.parent / run.start)
-            state.set(run.name, status="running", exit_code=None, start_written=start)
-            ended = runner.run(run.arguments, run.ranks)
-            status, code = outcome(run, ended.status, runner.stopped, started)
-            state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 2))
-            so_far = duration(time.monotonic() - began)
-            if status == "done":
-                print(f"{label} done in {duration(ended.seconds)}, {so_far} so far", flush=True)
-                continue
-            next_step = "the same command goes on" if status == "preempted" else "mend it and start the same command"
-            print(
-                f"pipeline: {run.name} {status} after {duration(ended.seconds)} (exit status {code}): {next_step}",
-                file=sys.stderr,
-            )
-            return code
-    print(f"\n{len(runs)} stages finished, {duration(time.monotonic() - began)}", flush=True)
+            code = pass_gates(run, names, state, runner, label) or start(run, state, runner, label)
+            if code:
+                return code
+    print(f"\n{len(runs)} stages finished, {duration(time.monotonic() - state.began)}", flush=True)
+    return 0
+
+
+def start(run: Run, state: State, runner: Runner, label: str) -> int:
+    """One run, from its checkpoint where it has one -> exit status."""
+    if runner.stopped is not None:
+        return runner.stopped
+    before, started = state.stages[run.name], time.time()
+    print(f"\n{label} {before['command']}", flush=True)
+    begun_from = None if run.start is None else stamp(run.folder.parent / run.start)
+    state.set(run.name, status="running", exit_code=None, start_written=begun_from)
+    ended = runner.run(run.arguments, run.ranks)
+    status, code = outcome(run, ended.status, runner.stopped, started)
+    state.set(run.name, status=status, exit_code=code, seconds=round(before["seconds"] + ended.seconds, 2))
+    if status == "done":
+        so_far = duration(time.monotonic() - state.began)
+        print(f"{label} done in {duration(ended.seconds)}, {so_far} so far", flush=True)
+        return 0
+    next_step = "the same command goes on" if status == "preempted" else "mend it and start the same command"
+    print(
+        f"pipeline: {run.name} {status} after {duration(ended.seconds)} (exit status {code}): {next_step}",
+        file=sys.stderr,
+    )
+    return code
+
+
+def pass_gates(run: Run, chosen: Sequence[str], state: State, runner: Runner, label: str) -> int:
+    """0 once all of the run's gates hold, after more steps of what they judge where they give them; else the exit
+    status, with the reason on stderr and in the state."""
+    for gate in run.gates:
+        while True:
+            found = gate.judge(state.runs[gate.of].folder)
+            said = f"gate {gate.rule} of {gate.of}: {found.line}"
+            if found.holds:
+                print(f"{label} {said}", flush=True)
+                break
+            if found.steps is None or gate.of not in chosen:
+                more = "" if found.steps is None else f"; without --only {gate.of} would go on"
+                state.set(run.name, status="held", exit_code=CLOSED, gate=found.line)
+                print(f"pipeline: {run.name} does not begin, {said}{more}", file=sys.stderr)
+                return CLOSED
+            print(f"{label} {said}: on to step {found.steps}", flush=True)
+            code = start(state.grow(gate.of, found.steps), state, runner, f"[{gate.of}]")
+            if code:
+                return code
+    refuse_stale([run], state)  # it had begun, and what it began from went on just now
     return 0
 
 
@@ -160,19 +142,17 @@ def outcome(run: Run, code: int, stopped: int | None, started: float) -> tuple[s
     return "failed", 2 if run.ranks > 1 and mistake else code
 
 
-def stamp(folder: Path) -> float:
-    """When the run's result was written (seconds since the epoch): a run made anew has another."""
-    return next((folder / mark).stat().st_mtime for mark in FINISHED if (folder / mark).is_file())
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, or the name of one under conf/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for every stage")
     parser.add_argument("--dir", type=Path, default=None, help="folder of the runs (runs/NAME of the recipe)")
     parser.add_argument("--ranks", type=int, default=None, help="processes of every stage, whatever the recipe says")
+    launch = "starts a stage on all its ranks, in place of torchrun here; launch/cluster/slurm.sbatch gives it"
+    parser.add_argument("--launch", default="", metavar="COMMAND", help=launch)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this stage alone; may be repeated")
-    parser.add_argument("--list", action="store_true", help="check everything, print the commands and run nothing")
+    dry = "check everything, print gates and commands and run nothing"
+    parser.add_argument("--list", "--dry-run", action="store_true", dest="list", help=dry)
     options = parser.parse_intermixed_args(argv)
     if options.ranks is not None and options.ranks < 1:
         parser.error(f"--ranks {options.ranks}: give a number from 1")
@@ -189,16 +169,19 @@ def run(options: argparse.Namespace) -> int:
     entry = os.path.relpath(ROOT / "launch" / "stage.py")
     if options.list:
         for each in chosen:
-            print(f"[{each.name}] {each.command(entry)}")
+            for gate in each.gates:
+                print(f"[{each.name}] gate {shown(gate)}")
+            print(f"[{each.name}] {each.command(entry, options.launch)}")
         return 0
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--dir {out} cannot be written ({error.strerror}): give another folder") from error
     print(f"{path}: {len(chosen)} stages into {out}{f' ({recipe.title})' if recipe.title else ''}", flush=True)
-    state = State(out, path, runs, entry)
+    state = State(out, path, runs, entry, options.launch)
+    chosen = [state.runs[each.name] for each in chosen]
     refuse_stale(chosen, state)
-    status = execute(chosen, state)
+    status = execute(chosen, state, options.launch)
     if status == 0 and recipe.parity is not None and not options.only:
         from launch.parity import write_parity
 

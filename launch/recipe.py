@@ -7,7 +7,7 @@
     stages:
       - {name: base, stage: pretrain, overrides: [train.steps=400]}
       - {name: dense, stage: pretrain, from: base, repeat: {seeds: [0, 1, 2]}, ranks: 1}
-      - {name: dense_eval, stage: evaluate, from: dense}
+      - {name: dense_eval, stage: evaluate, from: dense, gate: [...]}     # optional: what must hold, launch/gates.py
     parity: {control: dense_eval, sparse: dsa_eval}     # optional: two evaluations to compare, launch/parity.py
 
 A stage that starts from a repeated one runs once for each of its seeds; only `repeat` itself sets `train.seed`, so
@@ -27,12 +27,13 @@ import yaml
 
 from conf.errors import UserError, nearest
 from conf.load import CONFIG_DIR, Loaded, load
-from conf.schema import STAGES, ModelConfig
+from conf.schema import STAGES, ModelConfig, RunConfig
 from conf.validate import violations
+from launch.gates import Gate, read_gates, wrong_links
 
 RECIPES = CONFIG_DIR / "recipes"
 KEYS = ("title", "required", "all", "ranks", "stages", "parity")
-STAGE_KEYS = ("name", "stage", "from", "overrides", "repeat", "ranks")
+STAGE_KEYS = ("name", "stage", "from", "overrides", "repeat", "ranks", "gate")
 OWN = ("output_dir", "stage")  # the pipeline sets them; `init_from` too where a stage has `from`
 
 
@@ -46,6 +47,7 @@ class Step:
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     ranks: int | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,17 @@ class Run:
     seed: int | None = None
     start: str | None = None
     settings: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = ()  # `of` is a run
 
     @property
     def arguments(self) -> list[str]:
         """Of launch/stage.py."""
         return [f"+stage={self.stage}", *self.settings, f"output_dir={self.folder}"]
 
-    def command(self, entry: str = "launch/stage.py") -> str:
-        """The line that repeats it by hand."""
+    def command(self, entry: str = "launch/stage.py", launch: str = "") -> str:
+        """The line that repeats it by hand. `launch`: what starts a stage, in place of torchrun here."""
+        if launch:
+            return f"{launch} {shlex.join(self.arguments)}"
         launcher = f"torchrun --standalone --nproc-per-node {self.ranks}" if self.ranks > 1 else "python"
         return f"{launcher} {entry} {shlex.join(self.arguments)}"
 
@@ -164,6 +169,7 @@ class _Form:
             self.settings(values.get("overrides"), f"{where}: overrides"),
             tuple(seeds),
             self.ranks(values.get("ranks"), where),
+            read_gates(values.get("gate"), f"{where}: gate", None if start is None else str(start), self.wrong),
         )
 
     def mapping(self, values: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -225,7 +231,9 @@ def plan(recipe: Recipe, out: Path, overrides: Sequence[str] = (), ranks: int | 
         inherited = seeds.get(step.start or "", ())
         seeds[step.name] = step.seeds or inherited
         for seed in seeds[step.name] or (None,):
-            runs.append(_run(recipe, step, out, overrides, ranks, seed, bool(inherited)))
+            run = _run(recipe, step, out, overrides, ranks, seed, bool(inherited))
+            gates = [replace(g, of=f"{g.of}_seed{seed}") if seeds[g.of] else g for g in step.gates]
+            runs.append(replace(run, gates=tuple(gates)))
     _check_configs(runs)
     return runs
 
@@ -285,6 +293,7 @@ def _wrong_links(recipe: Recipe, given: set[str]) -> Iterator[str]:
         control, sparse = (seeds.get(name, ()) for name in (recipe.parity.control, recipe.parity.sparse))
         if control != sparse:
             yield f"parity compares seeds {list(control)} with {list(sparse)}: both need the same"
+    yield from wrong_links(recipe.steps, seeds)
     expanded: dict[str, str] = {}
     for step in recipe.steps:
         for seed in seeds[step.name] or (None,):
@@ -301,6 +310,7 @@ def _check_configs(runs: Sequence[Run]) -> None:
 
     steps = {run.name: run.step for run in runs}
     models: dict[str, ModelConfig] = {}
+    configs: dict[str, RunConfig] = {}
     wrong: list[str] = []
     for run in runs:
         if run.step in models:
@@ -308,18 +318,24 @@ def _check_configs(runs: Sequence[Run]) -> None:
         before = models.get(steps[run.start]) if run.start is not None else None
         try:
             loaded = load(run.arguments)
-            model = models[run.step] = _model(loaded, before)
-            config = replace(loaded.config, model=model)
+            model = models[run.step] = resolved_model(loaded, before)
+            config = configs[run.step] = replace(loaded.config, model=model)
             resolve_rates(DECLARED[run.stage], config.optim, model.hidden_size)
             wrong += [f"stage {run.step}: {line}" for line in violations(config, run.ranks)]
         except UserError as error:
             wrong += [f"stage {run.step}: {line}" for line in str(error).splitlines()]
             models.setdefault(run.step, before or ModelConfig())
+    for run in runs:
+        for gate in run.gates:
+            judged = configs.get(steps[gate.of])
+            misfits = gate.misfits(judged) if judged is not None else ()
+            wrong += [f"stage {run.step}: gate: {gate.rule} of {steps[gate.of]}: {line}" for line in misfits]
+    wrong = list(dict.fromkeys(wrong))  # seeds of a stage have the same
     if wrong:
         raise UserError("\n".join(wrong))
 
 
-def _model(loaded: Loaded, start: ModelConfig | None) -> ModelConfig:
+def resolved_model(loaded: Loaded, start: ModelConfig | None) -> ModelConfig:
     """The architecture that the run will have. `start`: of the run that it starts from; None where it has none here."""
     from train.start import MAY_DIFFER, checkpoint_model, weights_folder
 

@@ -31,8 +31,10 @@ class Runner:
     """Runs one process at a time. As a context manager it hands SIGTERM, Ctrl-C and a lost terminal on to it and waits
     for its save; `stopped` is then the exit status that the caller shall end with, and no other stage starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Sequence[str] = ()) -> None:
+        """`launch`: what starts a stage on all its ranks, in place of torchrun on this machine."""
         self.stopped: int | None = None
+        self._launch = list(launch)
         self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, object] = {}
 
@@ -58,9 +60,10 @@ class Runner:
         if self.stopped is not None:
             return Ended(self.stopped, 0.0)
         start = time.monotonic()
-        command = [sys.executable, *launcher(ranks), str(STAGE), *arguments]
-        # torchrun would set 1 thread and say so at length
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ, **(more or {})}
+        command = [*(self._launch or [sys.executable, *launcher(ranks), str(STAGE)]), *arguments]
+        # torchrun would set 1 thread and say so at length; elsewhere the launcher knows its cores
+        threads = {} if self._launch else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        environment = {**threads, **os.environ, **(more or {})}
         # a session of its own: Ctrl-C in a terminal reaches it through `_stop` alone, as SIGTERM
         with subprocess.Popen(command, env=environment, cwd=cwd, start_new_session=True) as child:
             self._child = child

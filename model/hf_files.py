@@ -75,15 +75,15 @@ def _read_header(path: Path, expected: str | None) -> dict[str, Entry]:
 
 
 class Checkpoint:
-    """The tensors of a folder: `entries` by name (scales of FP8 weights are not among them), `read` one."""
+    """The tensors of a folder: `entries` by name, `scales` of the FP8 weights among them apart; `read` one."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         index = folder / INDEX
         self.listing = index if index.is_file() else folder / SINGLE  # what says which tensors there are
         found = self._from_index(folder) if index.is_file() else self._from_single(folder)
-        self._scales = {name: entry for name, entry in found.items() if name.endswith(SCALE_SUFFIX)}
-        self.entries = {name: entry for name, entry in found.items() if name not in self._scales}
+        self.scales = {name: entry for name, entry in found.items() if name.endswith(SCALE_SUFFIX)}
+        self.entries = {name: entry for name, entry in found.items() if name not in self.scales}
         self._check_scales()
 
     def _from_index(self, folder: Path) -> dict[str, Entry]:
@@ -107,7 +107,7 @@ class Checkpoint:
         return _read_header(self.listing, None)
 
     def _check_scales(self) -> None:
-        for name, entry in self._scales.items():
+        for name, entry in self.scales.items():
             weight = self.entries.get(name.removesuffix(SCALE_SUFFIX))
             if weight is None or weight.dtype != FP8:
                 raise UserError(f"{entry.file}: tensor {name} scales no FP8 weight: {_REFETCH}")
@@ -129,7 +129,7 @@ class Checkpoint:
             )
         if entry.dtype not in _FLOATS:
             raise UserError(f"{entry.file}: tensor {name} has dtype {entry.dtype}: only {', '.join(_FLOATS)} are read")
-        if entry.dtype == FP8 and name + SCALE_SUFFIX not in self._scales:
+        if entry.dtype == FP8 and name + SCALE_SUFFIX not in self.scales:
             raise UserError(
                 f"{self.listing} lacks tensor {name + SCALE_SUFFIX}, the scales of an FP8 weight: {_REFETCH}"
             )
@@ -146,7 +146,7 @@ class Checkpoint:
         first, last = start // width, -(-stop // width)
         if entry.dtype == FP8:
             first -= first % BLOCK  # whole blocks, as their scales come
-            scale = self._scales[name + SCALE_SUFFIX]
+            scale = self.scales[name + SCALE_SUFFIX]
             rows = self._rows(entry.file, name, first, last)
             scales = self._rows(scale.file, name + SCALE_SUFFIX, first // BLOCK, -(-last // BLOCK))
             found = dequantize(rows, scales)

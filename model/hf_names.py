@@ -23,8 +23,10 @@ from conf.schema import ModelConfig
 
 EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 MTP_NAMES = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
-# These decide choices (experts, tokens), where rounding flips results: they stay fp32 under any dtype.
+# These decide choices (experts, tokens), where rounding flips results: they stay fp32 in fp32 and bf16 models. In the
+# FP8 format they are what DeepSeek publishes there: norms and router biases fp32, router and weights_proj bf16.
 _KEPT_FP32 = (".mlp.gate.weight", ".e_score_correction_bias", ".indexer.weights_proj.weight", ".indexer.k_norm.")
+_FP32_BESIDE_FP8 = ("norm.weight", ".k_norm.bias", ".e_score_correction_bias")
 # What DeepSeek stores in FP8: embedding, head, norms, router, weights_proj and eh_proj are not.
 _FP8_WEIGHTS = tuple(
     f".{name}.weight"
@@ -53,13 +55,13 @@ class Slot:
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """What the tensor of this name (ours or Hugging Face's) has in memory and on disk when the model has `dtype`.
 
-    In an FP8 checkpoint (float8_e4m3fn; Hugging Face's names) the linear weights of attention, indexer, MLP and experts
-    are FP8, everything else is bf16.
+    In an FP8 checkpoint (float8_e4m3fn; Hugging Face's names) every dtype is DeepSeek-V3.2's (model/hf_index.py).
     """
+    if dtype == torch.float8_e4m3fn:
+        kept = torch.float32 if name.endswith(_FP32_BESIDE_FP8) else torch.bfloat16
+        return dtype if name.endswith(_FP8_WEIGHTS) else kept
     if any(part in name for part in _KEPT_FP32):
         return torch.float32
-    if dtype == torch.float8_e4m3fn and not name.endswith(_FP8_WEIGHTS):
-        return torch.bfloat16
     return dtype
 
 

@@ -137,7 +137,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in CLUSTER.iterdir() if path.suffix != ".md"))
+@pytest.mark.parametrize("script", sorted(path.name for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch")))
 def test_bash_can_read_it(script: str) -> None:
     done = subprocess.run(["bash", "-n", str(CLUSTER / script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -206,10 +206,12 @@ def test_several_nodes_need_a_place_to_meet(fake: Path) -> None:
 
 
 @contextmanager
-def sbatch(fake: Path, env: dict[str, str], *arguments: str, nodes: int = 1) -> Iterator[subprocess.Popen[str]]:
-    """The batch script as sbatch runs it."""
+def sbatch(
+    fake: Path, env: dict[str, str], *arguments: str, nodes: int = 1, text: str | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The batch script, or `text`, as sbatch runs it."""
     copy = fake / "slurm_script"
-    copy.write_text((CLUSTER / "slurm.sbatch").read_text())
+    copy.write_text(text or (CLUSTER / "slurm.sbatch").read_text())
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": str(nodes)}
     job |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "2", "FAKE": str(fake)}
     job |= {"PATH": f"{fake}/bin:{env['PATH']}"}

@@ -19,6 +19,7 @@ import yaml
 from conf.errors import UserError
 from conf.load import load
 from launch import pipeline, recipe, runner
+from model.hf_config import write_config
 
 FAKE = """
 import json, os, sys
@@ -169,15 +170,55 @@ def test_a_recipe_may_be_no_yaml_or_no_mapping(tmp_path: Path) -> None:
             recipe.read_recipe(tmp_path / "x.yaml")
 
 
+def a_base(folder: Path, preset: str) -> str:
+    """What reads as a dense checkpoint of a preset: config.json, and one tensor that tells of its MTP layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = load(["+stage=pretrain", f"model={preset}"]).config.model
+    raw = {key: value for key, value in write_config(model).items() if not key.startswith("index_")}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "deepseek_v3"}))
+    name = f"model.layers.{model.num_hidden_layers}.eh_proj.weight"
+    save_file({name: torch.zeros(1)}, folder / "model.safetensors")
+    return f"init_from={folder}"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe.RECIPES.glob("*.yaml")))
 def test_the_recipes_that_ship_are_valid(name: str, tmp_path: Path) -> None:
     found = recipe.read_recipe(recipe.find_recipe(name))
-    if "init_from" not in found.required:
-        runs = recipe.plan(found, Path("runs/x"))
-        control, adapted = ([run for run in runs if run.step == step] for step in ("dense", "dsa"))
-        for one, other in zip(control, adapted, strict=True):
-            a, b = (load(run.arguments).config for run in (one, other))
-            assert (a.data, a.train, a.optim.lr) == (b.data, b.train, b.optim.lr), "the same tokens at the same rate"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    preset = {"deepseek_v3_2": "deepseek_v3_2", "v2_lite_8gpu": "deepseek_v2_lite"}.get(name, "small")
+    given = {"data.source": "data.source=stdlib", "rl.path": f"rl.path={tmp_path}/rows.jsonl"}
+    given["init_from"] = a_base(tmp_path / "base", preset)
+    runs = recipe.plan(found, Path("runs/x"), [given[key] for key in found.required])
+    control, adapted = ([run for run in runs if run.step == step] for step in ("dense", "dsa"))
+    for one, other in zip(control, adapted, strict=True):
+        a, b = (load(run.arguments).config for run in (one, other))
+        assert (a.data, a.train, a.optim.lr) == (b.data, b.train, b.optim.lr), "the same tokens at the same rate"
+
+
+def test_the_recipe_for_v3_2_has_the_reports_numbers(tmp_path: Path) -> None:
+    """arXiv 2512.02556, sec. 2.1.1."""
+    found = recipe.read_recipe(recipe.find_recipe("deepseek_v3_2"))
+    runs = recipe.plan(found, Path("x"), [a_base(tmp_path / "base", "deepseek_v3_2"), "data.source=stdlib"])
+    for run, steps, sequences, rate, tokens in zip(
+        runs, (1000, 15_000), (16, 480), (1e-3, 7.3e-6), (2.1e9, 943.7e9), strict=True
+    ):
+        config = load(run.arguments).config
+        taken = run.ranks // config.parallel.cp * config.train.micro_batches
+        assert (config.train.steps, taken, config.optim.lr) == (steps, sequences, rate)
+        assert config.data.seq_len == 128 * 1024 and config.model.index_topk == 2048
+        assert steps * sequences * config.data.seq_len == pytest.approx(tokens, rel=2e-3)
+
+
+def test_another_launcher_starts_the_stages(faked: Path) -> None:
+    (faked / "launch.sh").write_text(f'echo "$1" >>{faked}/started; exec {sys.executable} {faked}/fake.py "${{@:2}}"\n')
+    command = [write(faked, STAGES[:1]), "--dir", str(faked / "out"), "--launch", f"bash '{faked}/launch.sh' on_all"]
+    assert pipeline.main(command) == 0
+    assert (faked / "started").read_text() == "on_all\n" and calls(faked / "out") == ["base"]
+    entry = json.loads((faked / "out" / "pipeline.json").read_text())["stages"]["base"]
+    assert entry["command"].startswith(f"bash '{faked}/launch.sh' on_all +stage=pretrain")
 
 
 def test_what_is_finished_is_not_run_again_and_what_failed_is(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,8 @@ def test_written_in_deepseeks_layout_and_read_again(tmp_path: Path) -> None:
     }
     assert tensors["model.embed_tokens.weight"].dtype == tensors["lm_head.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.3.eh_proj.weight"].dtype == torch.bfloat16
-    assert tensors["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    assert tensors["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16  # as DeepSeek-V3.2's
+    assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     raw = json.loads((tmp_path / "one" / "config.json").read_text())
     assert raw["dtype"] == "bfloat16" and raw["quantization_config"] == {
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
@@ -233,7 +234,7 @@ def test_transformers_reads_what_was_written(tmp_path: Path) -> None:
         )
     )  # fmt: skip
     for tensor in net.state_dict().values():
-        tensor.copy_(tensor.bfloat16())  # they read into bf16, which holds every e4m3 number but not our fp32 router
+        tensor.copy_(tensor.bfloat16())  # they read into bf16, which holds every e4m3 number but no fp32 norm
     save_pretrained(net, tmp_path, dtype=torch.float8_e4m3fn)
     wanted = FineGrainedFP8Config(dequantize=True)
     theirs = DeepseekV32ForCausalLM.from_pretrained(tmp_path, quantization_config=wanted, dtype=torch.bfloat16)
