@@ -17,7 +17,7 @@ def found(argv: str, stage: str = "grpo") -> list[str]:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("rl.engine=vlm", "rl.engine=vlm is not known: did you mean vllm?"),
+        (f"rl.engine=vlm {ONE}", "rl.engine=vlm is not known: did you mean vllm?"),
         ("rl.engine=vllm", "rl.engine=vllm has no server to ask: give rl.servers.urls=http://HOST:PORT"),
         (ONE, "rl.servers.urls=http://h:8000 are not asked by rl.engine=native: give rl.engine=vllm or sglang"),
         (

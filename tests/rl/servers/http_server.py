@@ -71,7 +71,11 @@ class Protocol:
         """The next of these kinds, used up once."""
         with self.lock:
             for fault in self.faults:
-                if fault["kind"] in kinds and fault.get("times", 1) > 0:
+                if fault["kind"] not in kinds or fault.get("times", 1) < 1:
+                    continue
+                if fault.get("after", 0) > 0:
+                    fault["after"] -= 1
+                else:
                     fault["times"] = fault.get("times", 1) - 1
                     return fault
         return None

@@ -1,33 +1,42 @@
-"""A server in a process that a test may kill and start again at the same address."""
+"""A server in a process that a test may kill and start again at the same address: forked, so that nothing is imported
+again. `python -m tests.rl.servers` is the same without a test around it."""
 
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
+import time
+import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parents[3]
+import torch
+
+from tests.rl.servers.decoding import Decoding
+from tests.rl.servers.http_server import HttpServer
+from tests.rl.servers.sglang_routes import sglang
+from tests.rl.servers.vllm_routes import vllm
+
+PROTOCOLS = {"vllm": vllm, "sglang": sglang}
+START_S = 120.0
+
+
+def _serve(model: str, protocol: str, port: int, places: int, length: int) -> None:
+    torch.set_num_threads(1)
+    HttpServer(PROTOCOLS[protocol](Decoding(model, places, length)), port)._thread.join()
 
 
 class ServerProcess:
-    """A context manager. `more`: further arguments of the command line."""
+    """A context manager. model: Hugging Face folder; length: max_model_len."""
 
-    def __init__(self, model: str, protocol: str, *more: str, port: int | None = None) -> None:
-        if port is None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
+    def __init__(self, model: str, protocol: str, places: int = 16, length: int = 128) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
-        self.command = [
-            *(sys.executable, "-m", "tests.rl.servers", "--model", model),
-            *("--protocol", protocol, "--port", str(port), *more),
-        ]
-        self.process: subprocess.Popen[str] | None = None
+        self._arguments = (model, protocol, port, places, length)
+        self.process: Any = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -37,23 +46,30 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
+    @property
+    def has_died(self) -> bool:
+        return self.process is not None and not self.process.is_alive()
+
     def start(self) -> None:
-        environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(self.command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_serve, args=self._arguments, daemon=True)
+        self.process.start()
 
     def wait(self) -> None:
         """Until it listens."""
-        assert self.process is not None and self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("listening on"), f"the server did not start: {line!r}"
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return urllib.request.urlopen(f"{self.url}/health", timeout=10).close()
+            except urllib.error.URLError:
+                assert not self.has_died and time.monotonic() < deadline, "the server does not listen"
+                time.sleep(0.02)
 
     def kill(self) -> None:
         """As kill -9."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            self.process.join()
             self.process = None
 
     def fault(self, kind: str, times: int = 1, **more: Any) -> None:
