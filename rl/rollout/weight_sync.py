@@ -77,8 +77,7 @@ class WeightSync:
         self.step = step
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
+        self.part()
         if self.leads and self.settings.sync == "disk":
             for old in self.folder.glob(f"{self.run}-*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -144,9 +143,9 @@ class WeightSync:
         members = [(server, server.times_down) for server in held]
         if self._group is not None and members == self._members:
             return self._group
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        if self._members:
+            self.part()
+            self._members = []
             self.loop.wait(each(held, lambda server: self.fleet.dialect.leave(server.api)))  # who has none says so
         sizes = [self.loop.wait(self.fleet.dialect.world_size(server.api)) for server in held]
         bare = self.fleet.dialect.name == "vLLM" and distributed.device().type == "cuda"
@@ -171,6 +170,12 @@ class WeightSync:
             join.result()
         self._group, self._members = group, members
         return group
+
+    def part(self) -> None:
+        """Ends the group on this side."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
     def start(self, work: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop.loop)
@@ -277,6 +282,8 @@ class _Sending:
         with self._faults():
             for tensor in bucket.values():
                 self.group.broadcast(tensor, check)
+        if self.fault is not None:
+            self.sync.part()  # so that the others see that nothing more comes
         for server, answer in answers.items():
             try:
                 answer.result()
