@@ -263,6 +263,26 @@ class ToolsConfig:
 
 
 @dataclass(frozen=True)
+class ServersConfig:
+    """The rollout servers of `rl.engine=vllm | sglang`: docs/servers.md."""
+
+    urls: tuple[str, ...] = ()  # http://HOST:PORT of each
+    key_env: str | None = None  # variable that holds the servers' key (their --api-key); null: none
+    concurrent: int = 256  # requests that a rank has at one server at a time
+    request_s: float = 1800.0  # of one request, from asking to its last byte
+    retries: int = 8  # of a request that failed, wherever it is asked again
+    treat_as: str | None = None  # a version whose protocol is known: read servers of an unknown one like it
+    health_s: float = 2.0  # between looks at the servers
+    dead_s: float = 900.0  # without a single server that may be asked, before the run ends
+    sync: str = "disk"  # disk | broadcast: how the weights of an iteration come to them
+    sync_s: float = 1800.0  # that a server may take for new weights
+    folder: str | None = None  # disk: where they are written, the same path on every server; null: OUTPUT_DIR/servers
+    bucket_mib: int = 512  # broadcast: of tensors that are announced at a time
+    address: str | None = None  # broadcast: of rank 0's machine, as the servers see it; null: its host name
+    checksum: bool = True  # compare what the servers hold after each sync, where they can say
+
+
+@dataclass(frozen=True)
 class RLConfig:
     path: str | None = (
         None  # rows of {"prompt", "answer"}: JSONL, Parquet or hf:NAME (`datasets`); null: generated here
@@ -279,6 +299,8 @@ class RLConfig:
     rollout_tokens: int | None = None  # that a sample may draw in an iteration; it goes on in the next. null: all
     rollout_copy: bool = True  # where ZeRO-3 or ep cut the weights; false: ranks decode on them in lock-step
     one_step_off: bool = False  # an iteration's samples are drawn beside the update before it, by the weights before it
+    engine: str = "native"  # native (in this process) | vllm | sglang: who draws; servers of `servers.urls`
+    servers: ServersConfig = field(default_factory=ServersConfig)
     stop: tuple[str, ...] = ()  # strings that end a sample; its text ends before them
     temperature: float = 1.0
     top_p: float = 1.0

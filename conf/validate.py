@@ -19,6 +19,7 @@ from conf.schema import ENVIRONMENT_LEVELS, LONG_LEVELS, STAGES, TASK_LEVELS, Ru
 from conf.validate_data import DATA_RULES
 from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
+from conf.validate_servers import SERVER_RULES
 from conf.validate_tracker import alert_limits
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
@@ -39,6 +40,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.offload": ("none", "cpu", "nvme"),
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
+    "rl.engine": ("native", "vllm", "sglang"),
+    "rl.servers.sync": ("disk", "broadcast"),
     "rl.outcome": ("exact_match", "math_verify", "task", "environment", "judge", "proof"),
     "rl.tools.reasoning": ("v3_2", "keep", "v4", "drop"),
     "rl.tools.context": ("none", "summary", "discard_75", "discard_all"),
@@ -67,6 +70,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "rl.eval_every",
     "rl.top_k",
     "rl.judge_retries",
+    "rl.servers.retries",
 }
 
 INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is at least 0
@@ -100,6 +104,10 @@ INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is a
     "rl.reward_timeout_s": "(0, inf)",
     "rl.judge_timeout_s": "(0, inf)",
     "rl.pretrain_tokens": "(0, inf)",
+    "rl.servers.request_s": "(0, inf)",
+    "rl.servers.health_s": "(0, inf)",
+    "rl.servers.dead_s": "(0, inf)",
+    "rl.servers.sync_s": "(0, inf)",
     "rl.tools.timeout_s": "(0, inf)",
     "rl.tools.seconds": "(0, inf)",
     "rl.tools.context_share": "(0, 1)",
@@ -556,6 +564,7 @@ RULES: tuple[Rule, ...] = (
     judge_is_given,
     judge_url_is_safe,
     rl_weights,
+    *SERVER_RULES,
     *LONG_RULES,
     alert_limits,
     *EVAL_RULES,

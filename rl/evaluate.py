@@ -22,12 +22,14 @@ from data.long_stream import LongProblems
 from data.stream import TokenStream
 from data.tokenizer import chat_ids, load_tokenizer
 from model import Transformer
+from model.generate import Sampling
 from rl.harness import HarnessModel, require_harness, run_harness, side_by_side
 from rl.heldout import Heldout
 from rl.offer import Offer
 from rl.prompts import refuse_unknown_domains
 from rl.rewards.client import open_judge
 from rl.rewards.pool import RewardPool
+from rl.rollout.native import NativeEngine
 from train import distributed
 from train.by_position import ByPosition, Report, bucket_ends
 from train.evaluate import add_other, evaluate_losses
@@ -243,7 +245,8 @@ def accuracy(context: RunContext, net: Transformer) -> dict[str, float]:
     autocast = autocast_dtype(config.precision.name)
     offer = Offer(rl, context.tokenizer(), context.folder, distributed.rank())
     offer.open()
-    heldout = Heldout(config, context.tokenizer(), net, context.stage.attention, autocast, offer)
+    engine = NativeEngine(net, context.tokenizer(), rl, context.stage.attention, autocast, Sampling())
+    heldout = Heldout(config, context.tokenizer(), engine, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
     with (
         offer,

@@ -10,20 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
 from transformers import TokenizersBackend
 
 from conf.errors import UserError
 from conf.schema import RunConfig
-from model import Transformer
-from model.generate import Sampling
 from rl.groups import Experience, grade
 from rl.messages import RolloutRequest
 from rl.offer import Offer
 from rl.prompts import heldout_prompts, request_of, sample_seed
 from rl.rewards.client import JudgeClient
 from rl.rewards.pool import RewardPool
-from rl.rollout.native import NativeEngine
+from rl.rollout import RolloutEngine
 from rl.rollout.tool_loop import ToolLoop
 from rl.summary import rollout_row
 from train import distributed
@@ -32,8 +29,8 @@ EVALUATION = -1  # the "iteration" of the seeds here: no training sample shares 
 
 
 class Heldout:
-    """The held-out problems of a run, `rl.eval_prompts` of each source, and `net`, which answers them as it stands;
-    `too_long`: prompts that do not fit.
+    """The held-out problems of a run, `rl.eval_prompts` of each source, and `engine`, which answers them from the whole
+    distribution; `too_long`: prompts that do not fit.
 
     UserError where a source has none that fits.
     """
@@ -42,14 +39,11 @@ class Heldout:
         self,
         config: RunConfig,
         tokenizer: TokenizersBackend,
-        net: Transformer,
-        attention: str,
-        autocast: torch.dtype | None,
+        engine: RolloutEngine,
         offer: Offer,
     ) -> None:
         self.config = config
         rl, room = config.rl, config.model.max_position_embeddings
-        engine = NativeEngine(net, tokenizer, rl, attention, autocast, Sampling())
         self.engine = ToolLoop(engine, tokenizer, rl, offer, room)
         self.requests: list[RolloutRequest] = []
         self.too_long = 0

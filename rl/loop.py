@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 from conf.schema import RLConfig
 from model import Transformer
+from model.generate import Sampling
 from rl.groups import Experience, grade, judge
 from rl.heldout import Heldout
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
@@ -26,6 +28,7 @@ from rl.prompts import PromptStream, refuse_unknown_domains, train_prompts
 from rl.reference import Reference
 from rl.rewards.client import JudgeClient, open_judge
 from rl.rewards.pool import RewardPool
+from rl.rollout import RolloutEngine
 from rl.rollout.lock_step import LockStep
 from rl.rollout.native import NativeEngine
 from rl.rollout.rollout_copy import RolloutCopy
@@ -60,13 +63,21 @@ def run(context: RunContext) -> None:
     offer.open()
     stream = open_prompts(context, offer)
     opened_judge = open_judge(rl, context.folder, distributed.rank(), distributed.world_size())
+    served = None
+    if rl.engine != "native":
+        from rl.rollout.served import Served
+
+        served = Served(context)
     net = context.build_net()
     freeze(net, context)
     autocast = autocast_dtype(config.precision.name)
     optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
     engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     cut = config.parallel.zero == 3 or config.parallel.ep > 1
-    apart = rl.one_step_off or (cut and rl.rollout_copy)
+    if served is None:
+        apart = rl.one_step_off or (cut and rl.rollout_copy)
+    else:
+        apart = cut and rl.needs_reference
     copy = RolloutCopy(config.model, context.ops, context.device) if apart else None
     whole = net if copy is None else copy.net  # the policy as one rank can run it by itself, but for lock-step
     reference = None
@@ -86,22 +97,40 @@ def run(context: RunContext) -> None:
             f"mismatch/index_overlap is not logged, its records may take {size:.0f} GiB: rl.record_selection=true"
         )
     attention = context.stage.attention
-    lock_step = LockStep(net, attention) if cut and copy is None else None
-    engine_of_one = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step)
+    lock_step = LockStep(net, attention) if cut and copy is None and served is None else None
+    engine_of_one: RolloutEngine = NativeEngine(
+        whole, context.tokenizer(), rl, attention, autocast, lock_step=lock_step
+    )
+    measured_by: RolloutEngine = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, Sampling())
+    if served is not None:
+        engine_of_one, measured_by = served.engine, served.plain
     rollouts = Rollouts(ToolLoop(engine_of_one, context.tokenizer(), rl, offer, stream.room), stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
-    heldout = Heldout(config, context.tokenizer(), whole, attention, autocast, offer) if rl.eval_every else None
+    heldout = Heldout(config, context.tokenizer(), measured_by, offer) if rl.eval_every else None
+
+    def give_weights() -> None:
+        """To whoever draws apart from the trainer's own."""
+        if served is not None:
+            served.give(engine, state.step)
+        elif copy is not None:
+            copy.refresh(engine, state.step)
+
     writer = open_samples(context, state) if context.is_main else None
     pool = RewardPool(rl.reward_workers, rl.reward_timeout_s)
-    with offer, pool, opened_judge as client, rollouts, context.progress(state, "iteration") as progress:
+    with (
+        offer,
+        pool,
+        opened_judge as client,
+        served or nullcontext(),
+        rollouts,
+        context.progress(state, "iteration") as progress,
+    ):
         if heldout is not None and state.step == 0:
-            if copy is not None:
-                copy.refresh(engine, 0)
+            give_weights()
             context.log(0, heldout.curve(pool, client))
         while state.step < config.train.steps:
             start = time.monotonic()
-            if copy is not None:
-                copy.refresh(engine, state.step)
+            give_weights()
             rollouts.start_iteration(state.step)
             samples = rollouts.groups()
             if rl.one_step_off and state.step + 1 < config.train.steps:
@@ -115,10 +144,11 @@ def run(context: RunContext) -> None:
             seconds = time.monotonic() - start
             row["perf/tokens_per_s"] = row.pop("new_tokens") / seconds
             row |= account(context, rollouts, experience, members, state, seconds)
+            if served is not None:
+                row |= served.take_metrics()
             measured = heldout is not None and (state.step % rl.eval_every == 0 or state.step == config.train.steps)
             if heldout is not None and measured:
-                if copy is not None:
-                    copy.refresh(engine, state.step)
+                give_weights()
                 row |= heldout.curve(pool, client)
             if measured or context.logs(state.step):
                 context.log(state.step, row)

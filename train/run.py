@@ -58,6 +58,7 @@ MAY_CHANGE = (  # in a folder that holds a run; everything else is another run
     "rl.judge_retries",
     "rl.judge_workers",
     "rl.judge_budget",
+    "rl.servers",  # who decodes is the same engine, wherever it stands
     "parallel",
     "tracker",
     "resume",

@@ -7,15 +7,16 @@ from it by rounding alone, which `mismatch/k3` measures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import ModelConfig, RLConfig
 from model import Transformer
-from model.generate import Ask, Generation, Sampling, generate
-from rl.messages import CUT, RolloutRequest, Sample, TokenColumns, prompt_columns
+from model.generate import Ask, Sampling, generate
+from rl.messages import RolloutRequest, Sample, TokenColumns
+from rl.rollout.grown import grown, left_to_draw
 from rl.rollout.lock_step import LockStep
 from rl.stop import StopStrings
 
@@ -36,7 +37,7 @@ class NativeEngine:
     ) -> None:
         self.net, self.tokenizer, self.attention, self.autocast = net, tokenizer, attention, autocast
         self.sampling = sampling or sampling_of(rl, net.config)
-        self.stop = StopStrings(rl.stop, self._text)
+        self.stop = StopStrings(rl.stop, partial(text_of, tokenizer))
         self.lock_step = lock_step
         self.weight_version = 0
 
@@ -53,7 +54,10 @@ class NativeEngine:
         work += [(sample.request, sample.tokens) for sample in begun]
         if not work and self.lock_step is None:
             return []
-        asks = [self._ask(request, before, limit) for request, before in work]
+        asks = []
+        for request, before in work:
+            ids, already, left = left_to_draw(request, before, limit)
+            asks.append(Ask(ids, request.seed, left, drawn=already))
         device = self.net.embed_tokens.weight.device.type
         kept = self.lock_step is None  # autocast's casts of the weights, which come to a whole copy
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=kept):
@@ -69,15 +73,11 @@ class NativeEngine:
             )
             if self.lock_step is not None:
                 self.lock_step.finish()
-        return [self._sample(request, before, found) for (request, before), found in zip(work, drawn, strict=True)]
-
-    def _ask(self, request: RolloutRequest, before: TokenColumns | None, limit: int | None) -> Ask:
-        if before is None:
-            ids, drawn = request.prompt_ids, 0
-        else:
-            ids, drawn = tuple(before.ids), before.num_sampled
-        left = request.max_new_tokens - drawn
-        return Ask(ids, request.seed, left if limit is None else min(left, limit), drawn=drawn)
+        now, eos = self.weight_version, self.tokenizer.eos_token_id
+        return [
+            grown(request, before, found, [now] * len(found.ids), now, self.stop, eos)
+            for (request, before), found in zip(work, drawn, strict=True)
+        ]
 
     def _stopped(self, begun: Sequence[TokenColumns | None]) -> Callable[[int, list[int]], bool]:
         """Whether an ask's sample ends by a stop string, which may have begun before the sample was cut."""
@@ -89,46 +89,14 @@ class NativeEngine:
 
         return stopped
 
-    def _sample(self, request: RolloutRequest, before: TokenColumns | None, drawn: Generation) -> Sample:
-        """The sample with what was `drawn` behind what it had `before`, which stays as it was recorded then."""
-        now, size = self.weight_version, len(drawn.ids)
-        if before is None:
-            before = prompt_columns(request.prompt_ids, now)
-        tokens = TokenColumns(
-            ids=before.ids + drawn.ids,
-            loss_mask=before.loss_mask + [True] * size,
-            behaviour_logprobs=before.behaviour_logprobs + drawn.logprobs,
-            weight_versions=before.weight_versions + [now] * size,
-            turns=before.turns + before.turns[-1:] * size,
-            kept_sets=None if drawn.kept is None else (before.kept_sets or [[]] * len(before)) + drawn.kept,
-            routed_experts=_rows(before.routed_experts, drawn.experts),
-            selected=_rows(before.selected, drawn.selected),
-        )
-        answer, reason = tokens.ids[before.open_message :], drawn.finish_reason
-        if reason == "length" and tokens.num_sampled < request.max_new_tokens:
-            reason = CUT
-        by_eos = answer[-1] == self.tokenizer.eos_token_id
-        return Sample(request, tokens, self.stop.cut(self._text(answer[:-1] if by_eos else answer)), reason)
 
-    def _text(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def sampling_of(rl: RLConfig, model: ModelConfig) -> Sampling:
     """How the run samples, and what it records for the trainer."""
     record = {"experts"} | ({"selected"} if rl.records_selection(model) else set())
     return Sampling(rl.temperature, rl.top_p, rl.top_k, frozenset(record))
-
-
-def _rows(before: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    """A record of all tokens: `rows` of those that ran, one for the last, which did not, and in place of what ran again
-    after a cut what was recorded `before`."""
-    if rows is None:
-        return None
-    found = torch.cat([rows, torch.full_like(rows[:1], -1)])
-    if before is not None:
-        ran = (before >= 0).flatten(1).any(1).nonzero().squeeze(1)  # its last token runs now for the first time
-        found[ran] = before[ran]
-    return found

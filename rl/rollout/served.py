@@ -1,0 +1,67 @@
+"""What a run has of its rollout servers (`rl.engine`, `rl.servers`): the engine that asks them, and their weights."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from model import Transformer
+from model.generate import Sampling
+from rl.rollout.dialect import Wanted
+from rl.rollout.fleet import Fleet, State
+from rl.rollout.server_api import server_key
+from rl.rollout.servers import ServerEngine, dialect_of, wanted_of
+from rl.rollout.weight_sync import WeightSync
+from rl.tools.loop_thread import LoopThread
+from train import distributed
+from train.engine import Engine
+from train.run import RunContext
+
+
+class Served:
+    """A context manager. `engine` draws as the run samples, `plain` from the whole distribution at temperature 1 (for
+    held-out accuracy). Made before the model: UserError where a server is started in a way that cannot do."""
+
+    def __init__(self, context: RunContext) -> None:
+        config, rl, tokenizer = context.config, context.config.rl, context.tokenizer()
+        eos_id = tokenizer.eos_token_id
+        wanted, key, rank = wanted_of(rl, config.model, eos_id), server_key(rl.servers.key_env), distributed.rank()
+        self.loop = LoopThread("servers")
+        self.fleet = Fleet(dialect_of(rl), rl.servers, wanted, key, rank == 0, rank, context.say)
+        self.engine = ServerEngine(self.fleet, self.loop, tokenizer, wanted)
+        plain = Wanted(Sampling(), config.model, eos_id, rl.stop)
+        self.plain = ServerEngine(self.fleet, self.loop, tokenizer, plain)
+        folder = context.folder / "servers" if rl.servers.folder is None else Path(rl.servers.folder)
+        dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
+        self.weights = WeightSync(self.fleet, self.loop, rl.servers, folder, context.folder / "tokenizer", dtype)
+        self.sync_s = 0.0
+        self.weights.of_leader(lambda: self.loop.wait(self.fleet.open()))
+        if rank != 0:
+            self.loop.wait(self.fleet.open())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.weights.close()
+        self.loop.wait(self.fleet.close())
+        self.loop.close()
+
+    def give(self, engine: Engine, step: int) -> None:
+        """The trainer's weights as they stand after iteration `step`, once; all ranks call it."""
+        start = time.monotonic()
+        net = engine.net
+        assert isinstance(net, Transformer)
+        self.weights.push(net, engine.whole, step)
+        self.sync_s += time.monotonic() - start
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of this rank, since the last call: servers that may be asked, requests asked again, seconds of syncs."""
+        asked_again = self.engine.asked_again + self.plain.asked_again
+        self.engine.asked_again = self.plain.asked_again = 0
+        seconds, self.sync_s = self.sync_s, 0.0
+        ready = sum(server.state is State.READY for server in self.fleet.servers)
+        return {"servers/ready": ready, "servers/asked_again": asked_again, "servers/sync_s": seconds}

@@ -1,0 +1,150 @@
+"""vLLM's protocol: `/inference/v1/generate` and the routes that VLLM_SERVER_DEV_MODE=1 opens (docs/servers.md)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from conf.errors import UserError
+from model.generate import Generation, Sampling
+from rl.rollout.dialect import PROBE_TOKENS, QUICK_S, Drawn, Wanted, experts_of, refuse_version, spans
+from rl.rollout.server_api import Refused, ServerApi
+
+# from 0.28 on answers hold kept words, routed experts as .npy, and spans of weight versions
+KNOWN = (("0.28", "0.34"),)
+PAUSE_MODES = {"abort": "abort", "keep": "keep"}
+
+
+class Vllm:
+    """See `Dialect`."""
+
+    name, path = "vLLM", "/inference/v1/generate"
+
+    def __init__(self, treat_as: str | None = None) -> None:
+        self.treat_as = treat_as
+
+    async def version(self, api: ServerApi) -> str:
+        found = str((await api.get("/version", QUICK_S)).get("version"))
+        refuse_version(self.name, api.url, found, self.treat_as, KNOWN)
+        return found
+
+    def body(self, ids: Sequence[int], seed: int, tokens: int, wanted: Wanted) -> dict[str, Any]:
+        sampling = wanted.sampling
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": seed,
+            "max_tokens": tokens,
+            "logprobs": 0,  # of the drawn word alone
+            "stop_token_ids": [wanted.eos_id],
+            "skip_special_tokens": False,
+        }
+        if wanted.stop:
+            params |= {"stop": list(wanted.stop), "include_stop_str_in_output": True}
+        return {"token_ids": list(ids), "sampling_params": params}
+
+    def read(self, answer: Mapping[str, Any], ids: Sequence[int], wanted: Wanted) -> Drawn:
+        choice = answer["choices"][0]
+        said = [int(word) for word in choice["token_ids"] or ()]
+        entries = (choice.get("logprobs") or {}).get("content") or []
+        if [_word(entry) for entry in entries] != said:
+            raise ValueError("log-probs of other words than those that were drawn")
+        kept, routed = choice.get("sampling_mask"), choice.get("routed_experts")
+        experts = None
+        if routed is not None and wanted.experts and said:
+            record = np.load(io.BytesIO(base64.b64decode(routed, validate=True)), allow_pickle=False)
+            experts = experts_of(record, len(ids) + len(said) - 1, wanted.model)
+        found = Generation(
+            said,
+            [float(entry["logprob"]) for entry in entries],
+            choice["finish_reason"],
+            [[int(word) for word in words] for words in kept] if wanted.kept and kept is not None else None,
+            experts,
+        )
+        return Drawn(found, spans(choice.get("weight_versions") or [], len(said)))
+
+    async def probe(self, api: ServerApi, wanted: Wanted) -> None:
+        # of one word in the running the processed log-prob is 0, the raw one is not
+        only = Wanted(Sampling(1.0, 1.0, 1), wanted.model, wanted.eos_id)
+        choice = (await api.post(self.path, self.body([0], 0, PROBE_TOKENS, only), QUICK_S))["choices"][0]
+        entries = (choice.get("logprobs") or {}).get("content") or []
+        missing = []
+        if any(abs(float(entry["logprob"])) > 1e-4 for entry in entries):
+            missing.append("--logprobs-mode processed_logprobs")
+        if wanted.kept and choice.get("sampling_mask") is None:
+            missing.append("--return-sampling-mask")
+        if wanted.experts and choice.get("routed_experts") is None:
+            missing.append("--enable-return-routed-experts")
+        if missing:
+            raise UserError(f"{api.url} keeps back what the trainer repeats: start it with {' '.join(missing)}")
+        if not entries or not choice.get("weight_versions"):
+            raise UserError(f"{api.url} stamps no weight versions or log-probs on its tokens: run vLLM {KNOWN[-1][0]}+")
+
+    async def weight_version(self, api: ServerApi) -> str:
+        try:
+            return str((await api.get("/weight_info", QUICK_S)).get("weight_version"))
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
+            raise UserError(
+                f"{api.url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+            ) from refusal
+
+    async def pause(self, api: ServerApi, mode: str, timeout_s: float) -> None:
+        await api.post("/pause", None, timeout_s, mode=PAUSE_MODES[mode])
+
+    async def resume(self, api: ServerApi) -> None:
+        await api.post("/resume", None, QUICK_S)
+
+    async def load(self, api: ServerApi, folder: str, label: str, timeout_s: float) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}, "timeout": timeout_s}
+        await api.post("/collective_rpc", body, timeout_s)
+        await api.post("/reset_prefix_cache", None, QUICK_S)
+        await api.post("/update_weight_version", {"new_version": label}, QUICK_S)
+
+    async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
+        try:
+            return (await api.post("/weight_checker", {"action": "checksum"}, timeout_s)).get("checksums")
+        except Refused as refusal:
+            if refusal.status in (404, 405, 501):
+                return None
+            raise
+
+    async def world_size(self, api: ServerApi) -> int:
+        return int((await api.get("/get_world_size?include_dp=true", QUICK_S))["world_size"])
+
+    async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
+        info: dict[str, Any] = {"rank_offset": rank_offset, "world_size": group["world_size"], "packed": False}
+        if group["unique_id"] is None:
+            info |= {"master_address": group["host"], "master_port": group["port"]}
+        else:
+            info["nccl_unique_id_b64"] = base64.b64encode(group["unique_id"]).decode()
+        await api.post("/init_weight_transfer_engine", {"init_info": info}, timeout_s)
+
+    async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None:
+        await api.post("/start_weight_update", None, timeout_s)
+
+    async def receive(self, api: ServerApi, tensors: Mapping[str, tuple[str, list[int]]], timeout_s: float) -> None:
+        info = {
+            "names": list(tensors),
+            "dtype_names": [dtype for dtype, _ in tensors.values()],
+            "shapes": [shape for _, shape in tensors.values()],
+        }
+        await api.post("/update_weights", {"update_info": info}, timeout_s)
+
+    async def end_receiving(self, api: ServerApi, label: str, timeout_s: float) -> None:
+        await api.post("/finish_weight_update", {"weight_version": label}, timeout_s)
+        await api.post("/reset_prefix_cache", None, QUICK_S)
+
+    async def leave(self, api: ServerApi) -> None:
+        await api.post("/shutdown_weight_transfer_engine", None, QUICK_S)
+
+
+def _word(entry: Mapping[str, Any]) -> int:
+    """The id of a log-prob's word; earlier releases write it as `token_id:N`."""
+    return int(entry["token_id"]) if "token_id" in entry else int(str(entry["token"]).removeprefix("token_id:"))

@@ -1,0 +1,144 @@
+"""SGLang 0.5.23's routes, as far as a trainer uses them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+import uuid
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from model.generate import Sampling
+from rl.rollout.broadcast import TorchGroup
+from tests.rl.servers.decoding import Decoding
+from tests.rl.servers.http_server import Answer, Protocol, Request
+from tests.rl.servers.vllm_routes import received, spoil
+
+VERSION = "0.5.23"
+FLAGS = ("sampling_mask_max_tokens", "enable_return_routed_experts", "enable_return_indexer_topk", "processed_logprobs")
+RAW = 3.0  # by how much a log-prob of before the temperature, or of before truncation, is made to differ
+
+
+def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VERSION) -> Protocol:
+    """`missing`: of FLAGS, what it was started without."""
+    groups: dict[str, TorchGroup] = {}
+
+    def generate(request: Request) -> dict[str, Any]:
+        body, params = request.body, request.body["sampling_params"]
+        while decoding.paused and decoding.paused != "keep":  # new requests wait for the end of a pause
+            time.sleep(0.02)
+        sampling = Sampling(params["temperature"], params["top_p"], max(0, params["top_k"]))
+        masks = body.get("return_sampling_mask") and "sampling_mask_max_tokens" not in missing
+        if masks and sampling.top_k < 1:
+            raise Answer(400, {"error": {"message": "return_sampling_mask needs a finite top_k"}})
+        work = decoding.submit(
+            body.get("rid") or uuid.uuid4().hex,
+            body["input_ids"],
+            params["sampling_seed"],
+            params["max_new_tokens"],
+            sampling,
+            params.get("stop") or (),
+            [*(params.get("stop_token_ids") or ()), decoding.tokenizer.eos_token_id],
+        )
+        found, spans = request.wait(work)
+        if protocol.fault("other_weights"):
+            spans = [("nobody-7", start, end) for _, start, end in spans]
+        # what `output_token_logprobs` says of a truncated distribution is not what was sampled from
+        shift = RAW if sampling.drops_words and sampling.top_k != 1 or "processed_logprobs" in missing else 0.0
+        meta: dict[str, Any] = {
+            "id": work.id,
+            "finish_reason": {"type": found.finish_reason},
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": len(found.ids),
+            "weight_version": decoding.label,
+            "weight_versions": [{"version": label, "start": start, "end": end} for label, start, end in spans],
+        }
+        if body.get("return_logprob"):
+            pairs = zip(found.logprobs, found.ids, strict=True)
+            meta["output_token_logprobs"] = [[value - shift, word, None] for value, word in pairs]
+        if masks:
+            meta["output_token_sampling_mask"] = found.kept
+            meta["output_token_sampling_logprobs"] = found.logprobs
+        if body.get("return_routed_experts") and found.experts is not None:
+            if "enable_return_routed_experts" not in missing:
+                held, dense = found.experts.numpy(), decoding.net.config.first_k_dense_replace
+                whole = np.concatenate([np.zeros((len(held), dense, held.shape[2])), held], 1).astype(np.int32)
+                meta["routed_experts"] = base64.b64encode(whole.tobytes()).decode()
+        if body.get("return_indexer_topk") and found.selected is not None:
+            if "enable_return_indexer_topk" not in missing:  # in no order
+                meta["indexer_topk"] = base64.b64encode(found.selected.flip(-1).contiguous().numpy().tobytes()).decode()
+        return {"text": "", "output_ids": found.ids, "meta_info": meta}
+
+    def pause(request: Request) -> dict[str, Any]:
+        mode = {"abort": "abort", "retract": "keep", "in_place": "keep"}[request.body.get("mode", "abort")]
+        decoding.pause(mode).result(60)
+        return {"success": True, "message": ""}
+
+    def resume(request: Request) -> dict[str, Any]:
+        decoding.resume()
+        return {"success": True, "message": ""}
+
+    def abort(request: Request) -> dict[str, Any]:
+        decoding.abort(None if request.body.get("abort_all") else [request.body["rid"]])
+        return {"success": True, "message": ""}
+
+    def from_disk(request: Request) -> dict[str, Any]:
+        if protocol.fault("refuse_weights"):
+            raise Answer(400, {"success": False, "message": "no weights"})
+        decoding.load(request.body["model_path"], request.body["weight_version"])
+        spoil(protocol)
+        return {"success": True, "message": ""}
+
+    def join(request: Request) -> dict[str, Any]:
+        body = request.body
+        groups[body["group_name"]] = TorchGroup(
+            body["master_address"], body["master_port"], body["rank_offset"], body["world_size"], body["backend"], 60,
+            body["group_name"],
+        )  # fmt: skip
+        return {"success": True, "message": ""}
+
+    def leave(request: Request) -> dict[str, Any]:
+        group = groups.pop(request.body["group_name"], None)
+        if group is None:
+            raise Answer(400, {"success": False, "message": "no such group"})
+        group.close()
+        return {"success": True, "message": ""}
+
+    def receive(request: Request) -> dict[str, Any]:
+        body = request.body
+        if protocol.fault("refuse_weights"):
+            raise Answer(400, {"success": False, "message": "no weights"})
+        decoding.write(received(groups[body["group_name"]], body["names"], body["dtypes"], body["shapes"]))
+        return {"success": True, "message": ""}
+
+    def relabel(request: Request) -> dict[str, Any]:
+        decoding.relabel(request.body["new_version"])
+        spoil(protocol)
+        return {"success": True, "message": "", "new_version": decoding.label}
+
+    def checker(request: Request) -> dict[str, Any]:
+        sums = decoding.checksums()
+        whole = hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
+        return {"success": True, "message": "", "ranks": [{"rank": 0, "checksums": sums}], "per_engine_checksum": whole}
+
+    routes = {
+        "GET /health": lambda request: {},
+        "GET /server_info": lambda request: {"version": version, "tp_size": 1, "pp_size": 1},
+        "GET /model_info": lambda request: {"weight_version": decoding.label},
+        "POST /generate": generate,
+        "POST /pause_generation": pause,
+        "POST /continue_generation": resume,
+        "POST /abort_request": abort,
+        "POST /flush_cache": lambda request: {},
+        "POST /update_weights_from_disk": from_disk,
+        "POST /init_weights_update_group": join,
+        "POST /destroy_weights_update_group": leave,
+        "POST /update_weights_from_distributed": receive,
+        "POST /update_weight_version": relabel,
+        "POST /weights_checker": checker,
+    }
+    protocol = Protocol(decoding, "/generate", routes)
+    return protocol
