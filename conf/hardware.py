@@ -1,6 +1,7 @@
-"""Clusters as data: what a GPU can do, which share of it kernels reach, how a model is served there (conf/cluster).
+"""Clusters as data: what a GPU can do, which share of it kernels reach, how GPUs are joined, how a model is served
+(conf/cluster).
 
-Beside the groups of a run: nothing that trains reads it. The roofline (train/roofline.py) does.
+Beside the groups of a run: nothing that trains reads it. The roofline (train/roofline.py) and the planner do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Gpu:
     """Peaks of one GPU: dense tensor-core TFLOP/s, memory in GB and GB/s (powers of ten), rent."""
 
     name: str
+    fp32_tflops: float
     bf16_tflops: float
     fp8_tflops: float
     memory_gb: float
@@ -45,6 +47,39 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Network:
+    """GPUs of the cluster and of a node; GB/s that a GPU sends within its node and to other nodes, one way, and the
+    shares of both that collectives reach."""
+
+    gpus: int
+    gpus_per_node: int
+    intra_gb_per_s: float
+    inter_gb_per_s: float
+    intra_share: float
+    inter_share: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """Share of a peak (bf16's; fp32's under precision=fp32; `*_fp8` FP8's) that training reaches of the FLOPs that
+    train/flops.py counts: what kernels compute twice lowers it. `warmup`: dense attention with the indexer's loss.
+    `passes`: times that a byte kept for backward is written or read by norms, gates and copies beside products."""
+
+    linear: float
+    linear_fp8: float
+    experts: float
+    experts_fp8: float
+    dense_forward: float
+    dense_backward: float
+    sparse_forward: float
+    sparse_backward: float
+    index_scores: float
+    index_loss: float
+    warmup: float
+    passes: float
+
+
+@dataclass(frozen=True)
 class Serving:
     """How a model is served: expert parallelism, what a GPU has in hand in one forward, bytes of what it reads."""
 
@@ -64,6 +99,8 @@ class Cluster:
     """One file of conf/cluster."""
 
     gpu: Gpu
+    network: Network
+    training: Training
     rates: Rates
     serving: Serving
 
@@ -81,9 +118,18 @@ def load_cluster(given: str) -> Cluster:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     cluster = _built(Cluster, values, f"{path}: ")
-    beyond = [f"{name}={rate:g}" for name, rate in vars(cluster.rates).items() if rate > 1]
+    shares = {f"rates.{name}": rate for name, rate in vars(cluster.rates).items()}
+    shares |= {f"training.{name}": rate for name, rate in vars(cluster.training).items() if name != "passes"}
+    shares |= {f"network.{name}": rate for name, rate in vars(cluster.network).items() if name.endswith("_share")}
+    beyond = [f"{name}={rate:g}" for name, rate in shares.items() if rate > 1]
     if beyond:
-        raise UserError(f"{path}: rates.{beyond[0]} is more than the peak: give a share of it, at most 1")
+        raise UserError(f"{path}: {beyond[0]} is more than the peak: give a share of it, at most 1")
+    network = cluster.network
+    if network.gpus % min(network.gpus, network.gpus_per_node):
+        raise UserError(
+            f"{path}: network.gpus={network.gpus} does not divide by gpus_per_node={network.gpus_per_node}: give whole"
+            " nodes"
+        )
     return cluster
 
 

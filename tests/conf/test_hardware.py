@@ -39,7 +39,7 @@ def missing(section: str, key: str) -> dict:
         (changed("serving", decode_ep=True), "serving.decode_ep=True must be"),
         (changed("rates", linear=1.2), "rates.linear=1.2 is more than the peak"),
         (GOOD | {"gpu": "H800"}, "gpu must be a mapping of name"),
-        (["gpu"], "must be a mapping of gpu, rates, serving"),
+        (["gpu"], "must be a mapping of gpu, network, training, rates"),
     ],
 )
 def test_a_mistake_is_one_line(values: object, words: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plan_flops import beyond
 from conf.convert import save_yaml
 from conf.schema import RLConfig, RunConfig
 from model.generate import Ask, Sampling, generate
@@ -18,7 +19,7 @@ from rl.messages import Sample, Stretch
 from rl.packing import pack_samples
 from tests.model import tiny
 from tests.rl.samples import make_sample
-from tests.train.counted import MODEL, beyond
+from tests.train.counted import MODEL
 from train.flops import Row, flops_per_token, selected_pairs, trunk_weights, visible_pairs
 from train.stages import STAGES
 

@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plan_flops import EXACT, beyond, count
 from conf.schema import ModelConfig
 from model import Transformer
 from model.generate import Ask, Decoder, Sampling, generate
-from model.ops.settings import OpSettings
 from tests.model import tiny
-from tests.train.counted import MODEL, beyond
+from tests.train.counted import MODEL
 from train.flops import (
     Row,
     attention_weights,
@@ -38,43 +37,9 @@ from train.flops import (
     trunk_weights,
     visible_pairs,
 )
-from train.optim import select_trainable
 from train.stages import STAGES
 
-EXACT = OpSettings(workspace=1)
 RL = {"mtp": False}
-
-
-def grouped(mat_a: Any, mat_b: Any, *_: Any, **__: Any) -> int:
-    """x [N, K] in groups against [E, K, M], and its gradient of the weight [K, N] x [N, M] in groups: 2 N K M."""
-    return 2 * mat_a[0] * mat_a[1] * mat_b[-1]
-
-
-GROUPED = {torch.ops.aten._grouped_mm: grouped}
-
-
-def count(net: Transformer, stage: str, batch: dict[str, torch.Tensor], backward: bool, **forward: Any) -> int:
-    """What the counter sees of a packed row."""
-    declared = STAGES[stage]
-    select_trainable(net, declared)
-    if not backward:  # not no_grad: the counter's hooks on modules want gradients to be recorded
-        net.requires_grad_(False)
-    with (
-        FlopCounterMode(display=False, custom_mapping=GROUPED) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        out = net(
-            **batch,
-            attention=declared.attention,
-            indexer_loss=declared.indexer_loss,
-            lm_loss=declared.lm_loss,
-            trunk_grad=declared.trunk_grad,
-            **forward,
-        )
-        if backward:
-            terms = [x.sum() for x in (out.token_logprobs, out.mtp_logprobs, out.indexer_kl) if x is not None]
-            torch.stack(terms).sum().backward()
-    return counter.get_total_flops()
 
 
 def row_of(lengths: list[int], batch: dict[str, torch.Tensor]) -> Row:
@@ -105,6 +70,17 @@ def test_every_stage_to_the_last_flop(
     extra = beyond(MODEL, stage, row, sum(lengths) + padding, backward, mtp)
     assert count(net, stage, batch, backward, **forward) == sum(needed.values()) + sum(extra.values()), extra
     assert all(value >= 0 for value in (*needed.values(), *extra.values()))
+
+
+def test_an_evaluation_is_a_sparse_forward() -> None:
+    net = tiny.tiny_net(MODEL)
+    net.use(EXACT)
+    batch = tiny.batch([11, 8])
+    row = row_of([11, 8], batch)
+    extra = beyond(MODEL, "evaluate", row, 19, False, False)
+    needed = row_flops(MODEL, STAGES["evaluate"], row, backward=False)
+    assert needed["head"] == 0  # rows are drawn from, or scored, by their caller
+    assert count(net, "evaluate", batch, False) == sum(needed.values()) + sum(extra.values())
 
 
 @pytest.mark.parametrize("stage", ["dense_warmup", "grpo"])

@@ -1,0 +1,482 @@
+"""Memory of one rank, predicted from the configuration alone: what lies there by kind at the fullest moment of a step.
+
+Three moments are asked: the end of the forward, the walk back through the layers with the reduction of gradients behind
+it, and the optimiser's step. What DeepSpeed 0.19.8 keeps and copies is read from its source (docs/planner.md says
+where); what torch keeps for backward is train/activations.py. Bytes everywhere, GB are 1e9.
+
+Not seen: what the process itself takes (CUDA context and NCCL: `Memory.outside`, an assumption on a GPU), imbalance of
+experts, and what an allocator cannot hand out again (`Memory.margin`, an assumption too).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from conf.schema import ModelConfig, ParallelConfig
+from train import activations
+from train.activations import FP32, Shape
+from train.ds_config import MAX_BUCKET
+from train.parameters import Parameter, parameters
+from train.stages import STAGES, Stage
+
+WINDOW = 10**9  # values that ZeRO-3 keeps together (stage3_max_live_parameters and _max_reuse_distance)
+PREFETCH = 5 * 10**7  # values of one gather ahead of its use (stage3_prefetch_bucket_size)
+SUB_GROUP = 10**9  # values of the optimiser that ZeRO-3 steps at a time
+FLATTEN = 5 * 10**8  # values that ZeRO-0 flattens at a time
+TILE_BYTES, TILE_ROWS = 16 << 20, 1024  # of logits: model/ops/vocab_loss/streaming.py
+CPU_WORKSPACE, GPU_WORKSPACE = 16 << 20, 2048 << 20  # what an op's blocks take; a GPU's: train/start.py WORKSPACE_MIB
+CPU_ROWS = 64  # of a block: model/ops/index_kl_dense/streaming.py
+GPU_OUTSIDE = 1.5e9  # CUDA context, cuBLAS and NCCL buffers; assumed
+FRAGMENTATION = 0.06  # of the GPU's memory that PyTorch's allocator cannot hand out again; assumed
+KINDS = ("weights", "gradients", "optimiser", "activations", "indexer", "weight_copies", "buffers", "workspace", "kv")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's step in a layout. `world`: processes; `sequences` of `seq_len` tokens that a replica takes in a step;
+    `pp`: pipeline stages, 1F1B; `fused`: on GPUs, with the Triton kernels."""
+
+    model: ModelConfig
+    stage: Stage
+    parallel: ParallelConfig
+    world: int
+    seq_len: int
+    precision: str = "fp32"
+    sequences: int = 1
+    checkpointing: bool = False
+    fused: bool = False
+    pp: int = 1
+    samples: int = 0  # RL: that a rank draws at a time with its own sampler; 0: servers draw them
+
+    @property
+    def ranks(self) -> int:
+        """That share a pipeline stage's parameters."""
+        return self.world // self.pp
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.parallel.cp
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(
+            self.model, self.stage, self.precision, self.seq_len // self.parallel.cp, self.seq_len,
+            self.model.n_routed_experts // self.parallel.ep, self.fused,
+        )  # fmt: skip
+
+    @property
+    def with_mtp(self) -> bool:
+        stage, model = self.stage, self.model
+        serves = stage.indexer_loss is not None or stage.lm_loss
+        return stage.runner == "train" and model.num_mtp_layers > 0 and serves
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`kinds`: bytes of the device by kind at its fullest moment, of which `moment` says which; `phases`: the most in
+    each; `host`: bytes of CPU memory that offload and a save in flight take; `margin`, `outside`: see the file's
+    head."""
+
+    kinds: dict[str, float]
+    moment: str
+    phases: dict[str, float]
+    host: float
+    margin: float = 0.0
+    outside: float = 0.0
+
+    @property
+    def allocated(self) -> float:
+        return sum(self.kinds.values())
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.margin + self.outside
+
+
+@dataclass
+class Tally:
+    """Bytes by kind, and their largest sum so far."""
+
+    now: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    best: dict[str, float] = field(default_factory=dict)
+
+    def add(self, kind: str, count: float) -> None:
+        self.now[kind] += count
+
+    def look(self, **beside: float) -> None:
+        """Notes this moment if it is the fullest; `beside`: what lies there for the moment."""
+        here = {kind: count + beside.get(kind, 0.0) for kind, count in self.now.items()}
+        if sum(here.values()) > sum(self.best.values()):
+            self.best = here
+
+
+@dataclass(frozen=True)
+class Held:
+    """Values of one pipeline stage on a rank before ZeRO cuts them: (`whole`, kept on `ranks` ranks) by group of the
+    optimiser, and those that a layer owns."""
+
+    groups: dict[tuple[bool, bool, bool, bool], int]  # (trains, indexer, matrix, expert)
+    layers: dict[int | None, int]  # trainable values by layer
+    largest: int  # of one trainable parameter
+
+    def sum(self, trains: bool | None = None) -> int:
+        return sum(size for key, size in self.groups.items() if trains is None or key[0] == trains)
+
+
+def stage_layers(model: ModelConfig, pp: int, place: int) -> range:
+    """Main layers of pipeline stage `place`; the first stages have one more where they do not divide."""
+    each, more = divmod(model.num_hidden_layers, pp)
+    start = place * each + min(place, more)
+    return range(start, start + each + (place < more))
+
+
+def on_stage(p: Parameter, model: ModelConfig, pp: int, place: int) -> bool:
+    """The first stage has the embedding, the last the head, MTP and a copy of the embedding for it."""
+    last, first = place == pp - 1, place == 0
+    if p.layer is None:
+        return first or (last and model.num_mtp_layers > 0) if p.name.startswith("embed") else last
+    return last if p.layer >= model.num_hidden_layers else p.layer in stage_layers(model, pp, place)
+
+
+@cache
+def held(model: ModelConfig, stage: Stage, ep: int, pp: int, place: int) -> Held:
+    groups: dict[tuple[bool, bool, bool, bool], int] = {}
+    layers: dict[int | None, int] = {}
+    largest = 0
+    for p in parameters(model):
+        if not on_stage(p, model, pp, place):
+            continue
+        size, trains = p.size // (ep if p.is_expert else 1), p.trains(stage)
+        key = (trains, p.is_indexer, len(p.shape) > 1, p.is_expert and ep > 1)
+        groups[key] = groups.get(key, 0) + size
+        if trains:
+            layers[p.layer] = layers.get(p.layer, 0) + size
+            largest = max(largest, size)
+    return Held(groups, layers, largest)
+
+
+def predict(job: Job) -> Memory:
+    """The fullest pipeline stage's fullest moment."""
+    places = {0, job.pp - 1}
+    return max((_stage_memory(job, place) for place in sorted(places)), key=lambda memory: memory.total)
+
+
+def _stage_memory(job: Job, place: int) -> Memory:
+    own = held(job.model, job.stage, job.parallel.ep, job.pp, place)
+    phases = {
+        "forward": _forward(job, own, place),
+        "backward": _backward(job, own, place),
+        "step": _step(job, own),
+    }
+    if job.samples:
+        phases["rollout"] = _rollout(job, own)
+    sums = {name: sum(tally.best.values()) for name, tally in phases.items()}
+    moment = max(sums, key=lambda name: sums[name])
+    kinds = phases[moment].best
+    outside = GPU_OUTSIDE if job.fused else 0.0
+    margin = FRAGMENTATION * sum(kinds.values()) if job.fused else 0.0
+    return Memory(kinds, moment, sums, _host(job, own), margin, outside)
+
+
+def cache_bytes(model: ModelConfig) -> int:
+    """Of one token in the sampler's cache, fp32: latents, rope keys and index keys of every layer."""
+    row = model.kv_lora_rank + model.qk_rope_head_dim + model.index_head_dim
+    return FP32 * model.num_hidden_layers * row
+
+
+def _rollout(job: Job, own: Held) -> Tally:
+    """A sampler in the trainer's process: its cache, and a whole copy of weights that are cut (rl.rollout_copy)."""
+    tally = _state(job, own)
+    cut = job.parallel.zero == 3 or job.parallel.ep > 1
+    if cut and job.ranks > 1:
+        tally.add("weights", FP32 * sum(p.size for p in parameters(job.model)))
+    tally.add("kv", job.samples * job.seq_len * cache_bytes(job.model))
+    tally.look(workspace=GPU_WORKSPACE if job.fused else CPU_WORKSPACE)
+    return tally
+
+
+# What lies there all the time
+
+
+def _cut(job: Job, own: Held, trains: bool | None = None, group: tuple[bool, ...] | None = None) -> float:
+    """Values that a rank keeps of what its ranks share out; experts are on fewer of them."""
+    found = 0.0
+    for key, size in own.groups.items():
+        if (trains is None or key[0] == trains) and (group is None or key == group):
+            found += size / (job.ranks / job.parallel.ep if key[3] else job.ranks)
+    return found
+
+
+def _bucket(job: Job, own: Held) -> int:
+    return min(MAX_BUCKET, own.sum(trains=True))
+
+
+def _state(job: Job, own: Held) -> Tally:
+    parallel, tally = job.parallel, Tally()
+    weights, mine = own.sum(), _cut(job, own, trains=True)
+    away = parallel.offload != "none"
+    if parallel.zero == 0:
+        tally.add("weights", FP32 * weights)
+        tally.add("optimiser", 2 * FP32 * own.sum(trains=True))
+    elif parallel.zero < 3:
+        tally.add("weights", FP32 * weights)
+        tally.add("optimiser", 0 if away else 3 * FP32 * mine)  # its own copy of the weights, two moments
+        tally.add("buffers", FP32 * own.largest if away else 0)
+    else:
+        tally.add("weights", 0 if parallel.offload_parameters else FP32 * _cut(job, own))
+        tally.add("optimiser", 0 if away else 2 * FP32 * mine)
+        tally.add("gradients", 0 if away else FP32 * mine)
+        tally.add("buffers", FP32 * _bucket(job, own) if mine else 0)
+    return tally
+
+
+def _gathered(job: Job, own: Held) -> float:
+    """ZeRO-3 keeps what it put together within its window, and the buffer of one gather until all in it were used."""
+    if job.parallel.zero < 3:
+        return 0.0
+    alone = job.ranks == job.parallel.ep  # every expert is on one rank
+    whole = sum(size for key, size in own.groups.items() if not (key[3] and alone)) if job.ranks > 1 else 0
+    return FP32 * (min(whole, WINDOW + _largest_layer(own)) + min(whole, PREFETCH))
+
+
+def _largest_layer(own: Held) -> int:
+    return max((size for number, size in own.layers.items() if number is not None), default=0)
+
+
+def _host(job: Job, own: Held) -> float:
+    """Of one rank's process: what offload moves there, and a checkpoint in flight (weights and moments)."""
+    mine, parallel = _cut(job, own, trains=True), job.parallel
+    saving = 3 * FP32 * mine
+    moved = {"none": 0.0, "cpu": 4 * FP32 * mine, "nvme": FP32 * mine}[parallel.offload]
+    return saving + moved + (FP32 * _cut(job, own) if parallel.offload_parameters else 0.0)
+
+
+# The walk
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer or head of the walk: what it keeps, what it needs beside in either direction, and the values of the
+    gradients that its backward makes."""
+
+    kept: dict[str, int]
+    forward: float
+    backward: float
+    gradients: int
+    is_layer: bool = True
+
+
+def _blocks(job: Job, own: Held, place: int) -> list[Block]:
+    model, shape = job.model, job.shape
+    last = place == job.pp - 1
+    found = [
+        _layer_block(job, own, number, number >= model.first_k_dense_replace)
+        for number in stage_layers(model, job.pp, place)
+    ]
+    if last and job.stage.lm_loss:
+        found.append(_head_block(job, own))
+    if last and job.with_mtp:
+        entry = activations.mtp_entry(shape)
+        found.append(Block(entry, 0.0, 0.0, 0, is_layer=False))
+        found.append(_layer_block(job, own, model.num_hidden_layers, True, itemsize=shape.b))
+        if job.stage.lm_loss:
+            found.append(_head_block(job, own))
+    return found
+
+
+def _layer_block(job: Job, own: Held, number: int, is_moe: bool, itemsize: int = FP32) -> Block:
+    model, shape = job.model, job.shape
+    n, hidden, b = shape.expert_rows, model.hidden_size, shape.b
+    inner = model.moe_intermediate_size if is_moe else model.intermediate_size
+    rows = n if is_moe else shape.rows
+    heads, latent, width = model.num_attention_heads, model.kv_lora_rank, model.kv_lora_rank + model.qk_rope_head_dim
+    workspace = GPU_WORKSPACE if shape.fused else CPU_WORKSPACE
+    # gradients of the experts' rows behind the gates, before them and of the gates; inputs of gate and up
+    mlp = (3 * FP32 * rows * hidden if is_moe else FP32 * rows * hidden) + 3 * rows * inner * b
+    if is_moe and job.parallel.ep > 1:
+        mlp += 2 * FP32 * rows * hidden  # sent and received
+    narrow = b * shape.experts * hidden * inner if is_moe and shape.narrow else 0  # a gradient before it is widened
+    attention = workspace + FP32 * shape.rows * heads * (latent if shape.stage.attention == "sparse" else 0)
+    attention += 2 * shape.rows * heads * model.qk_head_dim * b + 2 * FP32 * shape.keys * width
+    recorded = replace(shape, stage=RECORDED[shape.stage.attention])
+    through = activations.attention(recorded, itemsize)["activations"] + _indexing(job)
+    passing = activations.moe(shape) if is_moe else activations.mlp(shape, inner)
+    if shape.trunk and not job.checkpointing:
+        forward = float(max(_indexing(job), 2 * FP32 * rows * hidden))
+    else:
+        forward = float(max(through, passing + narrow))
+    if is_moe and job.parallel.ep > 1:
+        forward += 2 * FP32 * rows * hidden
+    backward = float(max(mlp + narrow, attention)) if shape.trunk else 0.0
+    return Block(activations.layer(shape, is_moe, itemsize), forward, backward, own.layers.get(number, 0))
+
+
+def _indexing(job: Job) -> int:
+    """What a layer's forward needs for its indexer, and the blocks of its attention: queries as they leave the
+    projection, rotated, and their gradient; on a CPU the warm-up's blocks are as large as their 64 rows ask for."""
+    model, shape, stage = job.model, job.shape, job.stage
+    if stage.attention == "dense" and stage.indexer_loss is None:
+        return GPU_WORKSPACE if shape.fused else CPU_WORKSPACE
+    learns = stage.indexer_loss is not None and stage.trains_indexer
+    found = (3 if learns else 2) * FP32 * shape.rows * model.index_n_heads * model.index_head_dim
+    if shape.fused:
+        return found + GPU_WORKSPACE
+    if stage.indexer_loss != "dense":
+        return found + CPU_WORKSPACE
+    scaled = FP32 * shape.rows * model.num_attention_heads * model.qk_head_dim
+    return found + scaled + CPU_ROWS * shape.keys * FP32 * (7 + 2 * model.index_n_heads)
+
+
+RECORDED = {"dense": STAGES["pretrain"], "sparse": STAGES["grpo"]}  # whose forward a frozen trunk runs unrecorded
+
+
+def _head_block(job: Job, own: Held) -> Block:
+    """Logits exist a tile at a time; its product with the states makes the weight's gradient."""
+    model, shape = job.model, job.shape
+    words = min(model.vocab_size, max(1, TILE_BYTES // (FP32 * min(TILE_ROWS, shape.rows))))
+    tile = FP32 * words * min(TILE_ROWS, shape.rows)
+    weight, narrow = FP32 * model.vocab_size * model.hidden_size, model.vocab_size * model.hidden_size * shape.b
+    copy = narrow if shape.narrow else 0
+    forward = 3 * tile + copy
+    backward = 0.0
+    if shape.trunk:
+        backward = weight + FP32 * words * model.hidden_size + tile + copy + FP32 * shape.rows * model.hidden_size
+    kept = {"activations": activations.head(shape)}
+    return Block(kept, forward, backward, own.layers.get(None, 0) // 2 if shape.trunk else 0, is_layer=False)
+
+
+def _in_flight(job: Job, place: int) -> int:
+    """Micro-batches whose activations a pipeline stage holds under 1F1B."""
+    return min(job.sequences, job.pp - place)
+
+
+def _input_bytes(job: Job) -> int:
+    return FP32 * job.shape.rows * job.model.hidden_size
+
+
+def _cached_copies(job: Job, block: Block) -> float:
+    """Autocast keeps its narrow copy of every linear's weight until the forward ends, checkpointed or not; experts and
+    kv_b_proj are narrowed by hand and not kept."""
+    if job.precision != "bf16" or not job.shape.trunk or not block.is_layer:
+        return 0.0
+    shape, model = job.shape, job.model
+    experts = 3 * model.hidden_size * model.moe_intermediate_size * shape.experts * shape.b
+    values = model.num_attention_heads * model.v_head_dim * model.kv_lora_rank * shape.b
+    by_hand = (values if shape.stage.attention == "sparse" else 0) + experts
+    copies = block.kept.get("weight_copies", 0)
+    return float(copies - by_hand if copies > experts else copies)  # a dense layer has none
+
+
+def _walked(job: Job, own: Held, place: int, tally: Tally) -> list[Block]:
+    """Adds what a whole forward leaves, noting its fullest moment."""
+    blocks = _blocks(job, own, place)
+    tally.add("buffers", _gathered(job, own))
+    tally.add("activations", activations.shared(job.shape))
+    waiting = _in_flight(job, place) - 1
+    if waiting:
+        for block in blocks:
+            for kind, count in _left(job, block).items():
+                tally.add(kind, waiting * count)
+    for block in blocks:
+        for kind, count in _left(job, block).items():
+            tally.add(kind, count)
+        if job.checkpointing and block.is_layer:
+            tally.add("weight_copies", _cached_copies(job, block))
+        tally.look(workspace=block.forward)
+    return blocks
+
+
+def _left(job: Job, block: Block) -> dict[str, float]:
+    """What a block leaves for the backward."""
+    if job.checkpointing and block.is_layer and job.shape.trunk:
+        ready = activations.ready_gradients(job.shape)
+        return {"activations": _input_bytes(job), "indexer": ready}
+    return dict(block.kept)
+
+
+def _forward(job: Job, own: Held, place: int) -> Tally:
+    tally = _state(job, own)
+    if job.sequences > 1:
+        _earlier_gradients(job, own, tally)
+    _walked(job, own, place, tally)
+    return tally
+
+
+def _earlier_gradients(job: Job, own: Held, tally: Tally) -> None:
+    """Of the micro-batches before."""
+    if job.parallel.zero < 2:
+        tally.add("gradients", FP32 * own.sum(trains=True))
+    elif job.parallel.zero == 2:
+        tally.add("gradients", FP32 * _cut(job, own, trains=True))
+
+
+def _backward(job: Job, own: Held, place: int) -> Tally:
+    tally = _state(job, own)
+    if job.sequences > 1:
+        _earlier_gradients(job, own, tally)
+    blocks = _walked(job, own, place, tally)
+    tally.now["weight_copies"] -= (
+        sum(_cached_copies(job, block) for block in blocks if block.is_layer) if job.checkpointing else 0
+    )
+    tally.best = {}
+    zero, bucket, made = job.parallel.zero, _bucket(job, own), 0
+    accumulates = job.sequences > 1 and zero < 2
+    for block in reversed(blocks):
+        again: dict[str, float] = {}
+        if job.checkpointing and block.is_layer and job.shape.trunk:
+            again = {kind: float(count) for kind, count in block.kept.items()}
+            again["activations"] -= _input_bytes(job)
+            again["indexer"] -= activations.ready_gradients(job.shape)
+        tally.look(**again | {"workspace": block.backward + FP32 * (block.gradients if accumulates else 0)})
+        for kind, count in _left(job, block).items():
+            tally.add(kind, -count)
+        before, made = made, made + block.gradients
+        if zero < 2 and not accumulates:
+            tally.add("gradients", FP32 * block.gradients)
+        elif zero == 2:
+            tally.add("buffers", FP32 * (min(made, bucket) - min(before, bucket)))
+    _reduction(job, own, tally)
+    return tally
+
+
+def _reduction(job: Job, own: Held, tally: Tally) -> None:
+    """Behind the walk: gradients leave in flat copies."""
+    trained, bucket = own.sum(trains=True), _bucket(job, own)
+    if job.parallel.zero == 0:
+        tally.now["gradients"] = FP32 * trained
+        tally.look(buffers=FP32 * min(trained, FLATTEN))
+    elif job.parallel.zero == 1:
+        tally.now["gradients"] = FP32 * trained
+        tally.look(buffers=FP32 * bucket)
+    elif job.parallel.zero == 2:
+        tally.now["buffers"] += FP32 * bucket - min(FP32 * bucket, tally.now["buffers"])
+        tally.look(buffers=FP32 * bucket, gradients=FP32 * _cut(job, own, trains=True) if trained > bucket else 0)
+    else:
+        tally.look(buffers=FP32 * bucket if job.ranks > 1 else 0)
+
+
+# The optimiser's step
+
+
+def _step(job: Job, own: Held) -> Tally:
+    """AdamW makes two temporaries of what it steps at a time, on a GPU (foreach) one."""
+    parallel, tally = job.parallel, _state(job, own)
+    if parallel.offload != "none":
+        tally.look(buffers=_gathered(job, own))
+        return tally
+    temporaries = 1 if job.fused else 2
+    trained = own.sum(trains=True)
+    parts = [_cut(job, own, group=key) for key in own.groups if key[0]]
+    largest = max(parts, default=0.0)
+    if parallel.zero == 0:
+        tally.add("gradients", FP32 * trained)
+        tally.look(workspace=FP32 * (trained if job.fused else 2 * own.largest))
+    elif parallel.zero < 3:
+        tally.add("gradients", FP32 * sum(parts))
+        tally.look(gradients=FP32 * largest, workspace=temporaries * FP32 * largest)
+    else:
+        largest = min(largest, SUB_GROUP)
+        tally.look(gradients=FP32 * largest, workspace=temporaries * FP32 * largest)
+        tally.look(buffers=_gathered(job, own))
+    return tally
