@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -269,6 +270,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print("; ".join(str(error).splitlines()), file=sys.stderr)
         return USER_MISTAKE
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (what is left is dropped at exit)
+        return 0
     except OSError as error:
         print(f"{error.filename}: {error.strerror}: give another --out", file=sys.stderr)
         return USER_MISTAKE
