@@ -177,6 +177,8 @@ class ParallelConfig:
     offload: str = "none"  # none | cpu | nvme: where the optimiser's weights and moments are kept between its steps
     offload_parameters: bool = False  # ZeRO-3: keep what no layer is using in CPU memory too
     nvme_path: str | None = None  # of offload=nvme: a folder on a local disk
+    pp: int = 1  # groups of ranks that share the layers out in depth
+    pp_schedule: str = "1f1b"  # 1f1b | interleaved | zbv | dualpipev: docs/parallel.md
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from conf.schema import ENVIRONMENT_LEVELS, LONG_LEVELS, STAGES, TASK_LEVELS, Ru
 from conf.validate_data import DATA_RULES
 from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
+from conf.validate_pipeline import PARTS, PIPELINE_RULES
 from conf.validate_servers import SERVER_RULES
 from conf.validate_tracker import alert_limits
 
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.packing": ("concat", "best_fit"),
     "optim.schedule": ("cosine", "constant"),
     "parallel.offload": ("none", "cpu", "nvme"),
+    "parallel.pp_schedule": tuple(PARTS),
     "precision.name": ("fp32", "bf16", "fp8"),
     "tracker.name": ("wandb", "none"),
     "rl.engine": ("native", "vllm", "sglang"),
@@ -287,9 +289,11 @@ def world_divides(config: RunConfig, world_size: int) -> Iterator[str]:
     ep, cp, experts = config.parallel.ep, config.parallel.cp, config.model.n_routed_experts
     if ep > 1 and experts % ep:
         yield f"parallel.ep={ep} does not divide model.n_routed_experts={experts}: give a divisor of {experts}"
+    pp = max(1, config.parallel.pp)
     for key, degree in (("parallel.ep", ep), ("parallel.cp", cp)):
-        if degree > 1 and world_size % degree:
-            yield f"{key}={degree} does not divide the world of {world_size} processes: start a multiple of {degree}"
+        if degree > 1 and world_size % pp == 0 and world_size // pp % degree:
+            of = f"the world of {world_size} processes" + (f" over parallel.pp={pp}" if pp > 1 else "")
+            yield f"{key}={degree} does not divide {of}: start a multiple of {degree * pp}"
 
 
 def stage_layout(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -553,6 +557,7 @@ RULES: tuple[Rule, ...] = (
     world_divides,
     stage_layout,
     offload,
+    *PIPELINE_RULES,
     heldout_to_measure,
     rl_domains,
     environments,

@@ -33,7 +33,7 @@ from model.fp8 import quantize, scale_shape
 from model.hf_config import load_config_json, parse_config, write_config
 from model.hf_files import SCALE_SUFFIX, Checkpoint, Planned, special_token_ids, torch_dtype_of, write_folder
 from model.hf_names import Slot, is_ignored, slots, stored_dtype
-from model.transformer import INDEXER_INIT, Transformer, fresh
+from model.transformer import INDEXER_INIT, Drawn, Transformer
 
 __all__ = ["convert", "from_pretrained", "load_weights", "read_config", "save_pretrained", "write_config"]
 
@@ -99,12 +99,11 @@ def load_weights(
     parts: dict[str, list[Slot]] = {}
     for slot in wanted:
         parts.setdefault(slot.ours, []).append(slot)
-    steps, generator = iter(progress(wanted)), torch.Generator().manual_seed(seed)
+    steps, drawn = iter(progress(wanted)), Drawn(_indexer_shapes(net.config), seed, INDEXER_INIT)
 
     def write(name: str, values: Tensor, start: int, length: int) -> None:
         if name not in parts:
-            whole = fresh(name, shapes[name], generator, INDEXER_INIT)
-            values[start : start + length] = whole.view(-1)[start : start + length]
+            values[start : start + length] = drawn(name).view(-1)[start : start + length]
         for slot in parts.get(name, []):
             next(steps)
             size = math.prod(slot.shape)
@@ -113,7 +112,6 @@ def load_weights(
             if low < high:
                 values[low:high] = checkpoint.read_flat(slot.hf_name, low - offset, high - offset)
 
-    shapes = {name: p.shape for name, p in net.indexer_parameters()}
     if not any(slot.is_indexer for slot in wanted):
         _say_fresh(folder)
     fill(net, dtype, write, share)
@@ -128,7 +126,8 @@ def _is_mtp(name: str, config: ModelConfig) -> bool:
 def _plan(net: Transformer, checkpoint: Checkpoint) -> list[Slot]:
     """The tensors to read, in order. Raises UserError for what is missing, unexpected or of another shape."""
     config = net.config
-    table = slots(net, config)
+    with torch.device("meta"):
+        table = slots(Transformer(config), config)  # of the whole model, whatever part of it is here
     present = checkpoint.entries
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     if config.num_mtp_layers and not any(name.startswith(mtp_prefix) for name in present):
@@ -146,7 +145,13 @@ def _plan(net: Transformer, checkpoint: Checkpoint) -> list[Slot]:
     for name, entry in present.items():
         if name not in known and not is_ignored(name, config):
             raise UserError(f"{entry.file}: tensor {name} is not expected by config.json: they do not belong together")
-    return [slot for slot in table if slot.hf_name in present and not slot.is_copy]
+    here = net.state_dict(keep_vars=True).keys()
+    return [slot for slot in table if slot.hf_name in present and not slot.is_copy and slot.ours in here]
+
+
+def _indexer_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Transformer(config).indexer_parameters()}
 
 
 def _say_fresh(folder: str | Path) -> None:

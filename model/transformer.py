@@ -8,7 +8,7 @@ behind the main ones), E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -48,6 +48,25 @@ class ForwardOutput:
     num_rows: Tensor  # real rows of the sequence
     replay: dict[str, Tensor]  # with a record: routes [MoE layers, 2], selection [L, 2] (see model/replay.py)
     greedy: Tensor | None = None  # [T] the likeliest token where there is a label, -1 elsewhere
+    hidden: Tensor | None = None  # [T, D] what the next part goes on from; of a part that is not the last
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of neighbouring layers, `first` to `end - 1` of `layers`, where a model is cut in depth. The one that
+    `begins` has the embedding, the one that `ends` the final norm, the head and MTP (and an embedding for it)."""
+
+    first: int
+    end: int
+    layers: int
+
+    @property
+    def begins(self) -> bool:
+        return self.first == 0
+
+    @property
+    def ends(self) -> bool:
+        return self.end == self.layers
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,19 @@ class Transformer(nn.Module):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_mtp_layers))
 
+    def keep(self, parts: Iterable[Part]) -> None:
+        """Drops what none of `parts` has; names stay. Only `forward` with one of these parts runs then."""
+        parts = list(parts)
+        begins, ends = any(part.begins for part in parts), any(part.ends for part in parts)
+        for number in range(self.config.num_hidden_layers):
+            if not any(part.first <= number < part.end for part in parts):
+                self.layers[number] = None  # type: ignore[assignment]
+        if not begins and not (ends and len(self.mtp)):
+            self.embed_tokens = None  # type: ignore[assignment]
+        if not ends:
+            self.norm = self.lm_head = None  # type: ignore[assignment]
+            self.mtp = nn.ModuleList()
+
     def use(self, settings: OpSettings) -> None:
         """Sets how the ops of every layer run: backend, workspace, precision of the selection and of the linears."""
         for module in self.modules():
@@ -180,6 +212,8 @@ class Transformer(nn.Module):
         kept: KeptSets | None = None,
         greedy: bool = False,
         row_topk: tuple[int, ...] = (),
+        part: Part | None = None,
+        hidden: Tensor | None = None,
     ) -> ForwardOutput:
         """One packed sequence, or the rows of it that `context` describes; all tensors [R] int64 (see
         `data/packing.py`).
@@ -190,23 +224,25 @@ class Transformer(nn.Module):
         sizes are worth row by row (`by_row` of model/ops/index_kl_dense/op.py); mtp False leaves the MTP modules out.
         Of a sampler: `replay` has its choices in the trunk repeated, token_logprobs are at its `temperature` and over
         the words `kept` of [R]. greedy adds the likeliest token of each labelled row (logits of those rows alone are
-        made).
+        made). `part`: only these layers run, from the states `hidden` [R, D] of the part before.
         """
         if indexer_loss is not None and (attention, indexer_loss) not in (("dense", "dense"), ("sparse", "selected")):
             raise ValueError(f"indexer_loss={indexer_loss!r} cannot be taken under attention={attention!r}")
         context = context or Context.whole(doc_start)
+        part = part or Part(0, len(self.layers), len(self.layers))
         request = _Request(context, attention, indexer_loss, stats, row_topk=row_topk)
         found = _Collector()
         mtp_logprobs = None
         # MTP serves the losses alone: its own, and in the indexer's stages that of its indexer. What runs must not
         # depend on the data: ranks that share experts or a sequence meet in every layer.
-        with_mtp = mtp and len(self.mtp) > 0 and (indexer_loss is not None or lm_loss)
+        with_mtp = mtp and part.ends and len(self.mtp) > 0 and (indexer_loss is not None or lm_loss)
         # a frozen trunk records nothing anyway, and without recording ZeRO-3's hooks would cut the indexers' losses off
         frozen = not any(p.requires_grad for name, p in self.named_parameters() if ".indexer." not in name)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trunk_grad or frozen)):
             table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
-            hidden = self._trunk(input_ids, table, request, found, replay)
-            token_logprobs = self.lm_head(hidden, labels, temperature, kept) if lm_loss else None
+            hidden = self.embed_tokens(input_ids) if hidden is None else hidden
+            hidden = self._layers(hidden, table, request, found, part, replay)
+            token_logprobs = self.lm_head(hidden, labels, temperature, kept) if lm_loss and part.ends else None
             likeliest = self._greedy(hidden, labels) if greedy else None
             if with_mtp:
                 mtp_hidden = self._mtp(hidden, next_ids, table, request, found)
@@ -223,6 +259,7 @@ class Transformer(nn.Module):
             context.real.sum(),
             {name: torch.stack(rows) for name, rows in found.replay.items() if rows},
             likeliest,
+            None if part.ends else hidden,
         )
 
     def _greedy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -232,21 +269,23 @@ class Transformer(nn.Module):
             found[part] = self.lm_head(hidden[part]).argmax(-1)
         return found
 
-    def _trunk(
+    def _layers(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         table: tuple[Tensor, Tensor],
         request: _Request,
         found: _Collector,
+        part: Part,
         replay: Replay | None = None,
     ) -> Tensor:
-        x = self.embed_tokens(input_ids)
         first_moe = self.config.first_k_dense_replace
-        for number, layer in enumerate(self.layers):
-            part = None if replay is None else replay.layer(number, number - first_moe if number >= first_moe else None)
-            x, report = self._run(layer, x, table, replace(request, replay=part))
+        for number in range(part.first, part.end):
+            record = None
+            if replay is not None:
+                record = replay.layer(number, number - first_moe if number >= first_moe else None)
+            x, report = self._run(self.layers[number], x, table, replace(request, replay=record))
             found.add(report)
-        return self.norm(x)
+        return self.norm(x) if part.ends else x
 
     def _mtp(
         self,
@@ -273,7 +312,8 @@ class Transformer(nn.Module):
         positions = (torch.arange(len(input_ids), device=input_ids.device) - doc_start).clamp(min=0)
         table = rope_table(self.config.rope, self.config.qk_rope_head_dim, positions)
         request = _Request(Context.whole(doc_start), attention, None, False)
-        return self._trunk(input_ids, table, request, _Collector())
+        whole = Part(0, len(self.layers), len(self.layers))
+        return self._layers(self.embed_tokens(input_ids), table, request, _Collector(), whole)
 
     def logits(self, input_ids: Tensor, doc_start: Tensor | None = None, attention: str = "sparse") -> Tensor:
         """input_ids [B, T] (and doc_start [B, T]) -> logits [B, T, V] fp32. For tests and notebooks: this makes [T,
@@ -326,12 +366,12 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int, share: Share | None = None) -> None:
         """N(0, initializer_range) for matrices, 1 for norm weights, 0 for biases; the same values however they are cut.
         What is on the meta device is made on the CPU in fp32; `share`: see `model/fill.py`."""
-        generator = torch.Generator().manual_seed(seed)
         with torch.device("meta"):
             whole = Transformer(self.config).state_dict()  # the shapes, whatever part of the model is here
+        drawn = Drawn({name: value.shape for name, value in whole.items()}, seed, self.config.initializer_range)
 
         def write(name: str, values: Tensor, start: int, length: int) -> None:
-            value = fresh(name, whole[name].shape, generator, self.config.initializer_range).view(-1)
+            value = drawn(name).view(-1)
             before = self.first_expert * whole[name][0].numel() if ".experts." in name else 0
             values[start : start + length] = value[before + start :][:length]
 
@@ -343,6 +383,22 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.indexer_parameters():
             p.copy_(fresh(name, p.shape, generator, INDEXER_INIT))
+
+
+class Drawn:
+    """Untrained tensors of the names in `shapes`, asked for in that order: what is left out is drawn all the same, so
+    that a part of a model starts from the values of the whole."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], seed: int, std: float) -> None:
+        self._rest, self._std = iter(shapes.items()), std
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, name: str) -> Tensor:
+        for each, shape in self._rest:
+            value = fresh(each, shape, self._generator, self._std)
+            if each == name:
+                return value
+        raise KeyError(name)
 
 
 def fresh(name: str, shape: torch.Size, generator: torch.Generator, std: float) -> Tensor:

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from conf.errors import UserError
 from train import distributed, rng, shards
-from train.engine import Engine
+from train.engine_base import EngineBase
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
-def take(engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> Taken:
+def take(engine: EngineBase, state: TrainState, held: Mapping[str, Tensor] | None = None) -> Taken:
     """This rank's part of a checkpoint as it stands now, copied to CPU memory.
 
     Until it is written it takes that memory a second time: 12 bytes for each value that the rank holds under AdamW.
@@ -166,7 +166,7 @@ def open_shards(checkpoint: Path, state: TrainState) -> shards.Reader:
     return shards.Reader(checkpoint, [each.name for each in files])
 
 
-def restore(engine: Engine, checkpoint: Path) -> TrainState:
+def restore(engine: EngineBase, checkpoint: Path) -> TrainState:
     """Loads the checkpoint into an engine of any layout. All ranks call it.
 
     Raises UserError where the frozen weights are not those that it was written beside, where it belongs to another
@@ -174,7 +174,7 @@ def restore(engine: Engine, checkpoint: Path) -> TrainState:
     """
     state = read_state(checkpoint)
     reader = open_shards(checkpoint, state)
-    trained = {name for name, p in engine.net.named_parameters() if p.requires_grad}
+    trained = engine.trained()
     if trained != reader.parameters():
         odd = sorted(trained ^ reader.parameters())[0]
         raise UserError(

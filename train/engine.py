@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,24 +28,11 @@ from model import ForwardOutput
 from model.indexer import LightningIndexer
 from train import distributed
 from train.ds_config import ds_config
+from train.engine_base import EngineBase, Stretch
 from train.optim import SkippableAdamW, apply_rates
 from train.parallel.ep import expert_group, frozen_checksum, mark
 from train.parallel.zero3 import full_shape, stretch
 from train.precision import autocast_dtype
-from train.shards import Reader, key_of
-
-STATES = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its count of steps
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """`length` values from `start` of the flat parameter `name`, kept at `offset` of the optimiser's tensor `flat`."""
-
-    name: str
-    start: int
-    length: int
-    flat: Tensor
-    offset: int
 
 
 @contextmanager
@@ -119,7 +106,7 @@ class _Visible(nn.Module):
             return dict(vars(self.net(**inputs)))
 
 
-class Engine:
+class Engine(EngineBase):
     """One model and its optimiser on all ranks. A step is any number of `forward` + `backward`, then `step`."""
 
     def __init__(
@@ -243,39 +230,8 @@ class Engine:
         elif swapped:
             optimizer._release_swap_buffers(group)
 
-    @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """This rank's stretches by `shards.key_of`, copied to the CPU; rank 0's with the buffers."""
-        found: dict[str, Tensor] = {}
-        for part in self.stretches():
-            kinds = {"weight": part.flat} | {k: self.optimizer.state[part.flat].get(k) for k in STATES}
-            for kind, tensor in kinds.items():
-                if tensor is not None:
-                    value = tensor.detach().view(-1).narrow(0, part.offset, part.length)
-                    found[key_of(part.name, part.start, kind)] = value.to("cpu", copy=True)
-        if distributed.rank() == 0:
-            found |= {name: buffer.to("cpu", copy=True) for name, buffer in self.net.named_buffers()}
-        return found
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps of the optimiser, those left out not counted; of rank 0."""
-        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
-
-    @torch.no_grad()
-    def load(self, reader: Reader, steps_taken: int) -> None:
-        """What the ranks of any layout wrote from `state`. All ranks call it."""
-        for part in self.stretches(load=True):
-            if steps_taken and "step" not in self.optimizer.state[part.flat]:
-                zeros = {kind: torch.zeros_like(part.flat, requires_grad=False) for kind in STATES}
-                self.optimizer.state[part.flat] = {"step": torch.tensor(float(steps_taken)), **zeros}
-            kinds = {"weight": part.flat} | {k: self.optimizer.state[part.flat][k] for k in STATES if steps_taken}
-            for kind, tensor in kinds.items():
-                value = reader.read(part.name, part.start, part.length, kind)
-                tensor.detach().view(-1).narrow(0, part.offset, part.length).copy_(value)
+    def _loaded(self) -> None:
         self._last = ("", torch.empty(0))
-        for name, buffer in self.net.named_buffers():
-            buffer.copy_(reader.tensor(name))
         optimizer = self._engine.optimizer
         if self.zero in (1, 2):
             optimizer.update_lp_params()

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from data.packing import PackedBatch
-from model import Transformer
+from model.context import Context
 from train import distributed
 from train.engine import Engine
+from train.engine_base import EngineBase
 from train.flops import flops_per_token
 from train.losses import Counts, Sums, add_sums, global_counts, micro_batch_loss, reduce_sums, step_metrics, step_shapes
 from train.optim import build_optimizer, rates, select_trainable
+from train.pipeline_engine import PipelineEngine
 from train.run import Clock, RunContext
 
 STATS = {"dense": ("kl_uniform", "mass", "oracle_mass", "rows"), "selected": ("kl_uniform", "rows"), None: ()}
@@ -81,7 +83,11 @@ def train(context: RunContext) -> None:
     net = context.build_net()
     select_trainable(net, stage)
     optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
-    engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
+    engine: EngineBase
+    if config.parallel.pp > 1:
+        engine = PipelineEngine(net, optimizer, config, context.pp, context.ep)
+    else:
+        engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
     state = context.restore(engine)
     if "data" in state.extra:
         stream.load_state(state.extra["data"])
@@ -102,7 +108,7 @@ def train(context: RunContext) -> None:
             if reason is None:
                 context.guard.accept(step.loss)
                 if stage.router_bias:
-                    net.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
+                    engine.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
             else:
                 context.say(f"step {state.step} left out: {reason}")
                 context.guard.count_skip(state.step, reason)
@@ -128,14 +134,32 @@ def take_sequences(context: RunContext, stream: Stream) -> list[dict[str, Tensor
     return [{name: field.to(context.device) for name, field in batch.tensors().items()} for batch in found]
 
 
-def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor]], stats: bool) -> Step:
+def run_step(context: RunContext, engine: EngineBase, batches: list[dict[str, Tensor]], stats: bool) -> Step:
     """Forward and backward of all micro-batches; the gradients then wait for `engine.step`."""
-    stage, config, net = context.stage, context.config, engine.net
-    assert isinstance(net, Transformer)
-    counts = global_counts(batches, context.cp.size)
+    stage, model = context.stage, context.config.model
+    counts = global_counts(batches, context.cp.copies)
+    shares = [context.cp.share(batch) for batch in batches]
+    if isinstance(engine, PipelineEngine):
+        total = engine.run(shares, counts, stats)
+    else:
+        assert isinstance(engine, Engine)
+        total = accumulate(context, engine, shares, counts, stats)
+    total["stop"] = total["loss"].new_tensor(float(context.stop_asked))
+    mtp = model.num_mtp_layers
+    routers = model.num_hidden_layers - model.first_k_dense_replace + mtp
+    names = STATS[stage.indexer_loss] if stats else ()
+    shapes = step_shapes(stage, model.num_hidden_layers + mtp, routers, model.n_routed_experts, names)
+    found = reduce_sums(total, shapes)
+    return Step(found, counts, float(found["loss"]), engine.grad_norm(), bool(found["stop"] > 0))
+
+
+def accumulate(
+    context: RunContext, engine: Engine, shares: list[tuple[dict[str, Tensor], Context]], counts: Counts, stats: bool
+) -> Sums:
+    """One micro-batch after the other, forward and backward."""
+    stage, config = context.stage, context.config
     total: Sums = {}
-    for j, batch in enumerate(batches):
-        rows, place = context.cp.share(batch)
+    for j, (rows, place) in enumerate(shares):
         out = engine.forward(
             **rows,
             context=place,
@@ -147,13 +171,8 @@ def run_step(context: RunContext, engine: Engine, batches: list[dict[str, Tensor
         )
         loss, sums = micro_batch_loss(out, counts, stage, config.train)
         add_sums(total, sums)
-        engine.backward(loss, last=j == len(batches) - 1)
-    total["stop"] = total["loss"].new_tensor(float(context.stop_asked))
-    layers = config.model.num_hidden_layers + len(net.mtp)
-    names = STATS[stage.indexer_loss] if stats else ()
-    shapes = step_shapes(stage, layers, len(net.routers()), config.model.n_routed_experts, names)
-    found = reduce_sums(total, shapes)
-    return Step(found, counts, float(found["loss"]), engine.grad_norm(), bool(found["stop"] > 0))
+        engine.backward(loss, last=j == len(shares) - 1)
+    return total
 
 
 def metrics_row(

@@ -30,12 +30,13 @@ from model import Transformer
 from train import checkpoint, distributed
 from train.alerts import AlertWriter
 from train.checkpoint import TrainState
-from train.engine import Engine
+from train.engine_base import EngineBase
 from train.guards import Guard
 from train.hang import Watchdog
 from train.metrics import MetricsWriter, read_metrics
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
+from train.parallel.pp import PipelineParallel
 from train.parallel.zero3 import Zero3
 from train.progress import Progress
 from train.saver import Saver
@@ -83,7 +84,9 @@ class RunContext:
         self.device = distributed.device()
         self.ops = op_settings(config, self.device)
         check_offload(config.parallel)
-        self.cp, self.ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
+        pp = config.parallel.pp
+        self.pp = PipelineParallel(pp, config.parallel.pp_schedule, config.model)
+        self.cp, self.ep = ContextParallel(config.parallel.cp, pp), ExpertParallel(config.parallel.ep, pp)
         self.cache = self.folder.parent / ".cache"  # tokenised text, shared by the runs beside this one
         self.guard = Guard(config.train.spike_factor, config.train.max_skipped_steps)
         self.watchdog = Watchdog(self.folder, distributed.rank(), config.train.hang_limit_s)
@@ -191,6 +194,7 @@ class RunContext:
         config, seed = self.config, self.config.train.seed
         with torch.device("meta"):
             net = Transformer(config.model)
+        self.pp.cut(net)
         self.ep.cut(net)
         trains = self.stage.runner != "evaluate"
         share = Zero3(config.optim, config.parallel) if trains and config.parallel.zero == 3 else None
@@ -210,7 +214,7 @@ class RunContext:
             self.say(f"FP8 linears: {emulated if self.ops.fp8_linear == 'emulate' else 'cuBLAS, blocks scaled'}")
         return net.to(self.device)
 
-    def restore(self, engine: Engine) -> TrainState:
+    def restore(self, engine: EngineBase) -> TrainState:
         """The state to go on from, with weights and optimiser in place; a fresh one where there is no checkpoint."""
         if self.resumed is None:
             return TrainState(sequences=self.sequences, model=asdict(self.config.model))
@@ -288,7 +292,7 @@ class RunContext:
     def save_due(self, step: int) -> bool:
         return step % self.config.train.save_every == 0 or step >= self.config.train.steps
 
-    def save(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, engine: EngineBase, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Saves the step, under `train.async_save` while the next ones run; the last one is whole when it returns.
 
         held: tensors of this rank's loop, which `held` gives back. They are not copied: nobody may change them.
@@ -310,7 +314,7 @@ class RunContext:
         self.watchdog.rest()
         self.saver.wait()
 
-    def preempt(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
+    def preempt(self, engine: EngineBase, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Saves, writes `preempted` and ends the process; all ranks call it after the same step."""
         self.save(engine, state, held)
         self.settle()
@@ -319,7 +323,7 @@ class RunContext:
         self.say(f"stopped by SIGTERM after step {state.step}: start the same command to go on")
         raise Preempted
 
-    def export(self, engine: Engine) -> None:
+    def export(self, engine: EngineBase) -> None:
         """Writes `hf/`, whole or not at all; all ranks call it and bring what they hold."""
         from model.hf import save_pretrained
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train import checkpoint, distributed
 from train.checkpoint import Taken, TrainState
-from train.engine import Engine
+from train.engine_base import EngineBase
 
 CLOSE_S = 60.0  # that a save in flight still gets where the run ends with a fault
 
@@ -43,7 +43,7 @@ class Saver:
         """Whether the save in flight is known to have failed; the next `wait` raises why."""
         return self._fault is not None
 
-    def save(self, engine: Engine, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, engine: EngineBase, state: TrainState, held: Mapping[str, Tensor] | None = None) -> None:
         """Writes `run/checkpoints/step_N`, once for each step; first waits for the save before and raises what `wait`
         raises. `held`: see `checkpoint.take`."""
         self.wait()

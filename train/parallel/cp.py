@@ -24,14 +24,15 @@ T = TypeVar("T")
 
 
 class ContextParallel:
-    """This rank's place: `rank` of `size` within its sequence, `replica` of `replicas` among the data. Every rank of
-    the world makes one at the same time."""
+    """This rank's place: `rank` of `size` within its sequence, `replica` of `replicas` among the data; under pipeline
+    parallelism over `pp` floors `copies` ranks see each of its sequences, in `size` slices. Every rank of the world
+    makes one at the same time."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, pp: int = 1) -> None:
         world, rank = distributed.world_size(), distributed.rank()
-        assert world % size == 0, f"cp={size} in a world of {world}"
-        self.size, self.rank = size, rank % size
-        self.replica, self.replicas = rank // size, world // size
+        assert world % (size * pp) == 0, f"cp={size} and pp={pp} in a world of {world}"
+        self.size, self.rank, self.copies = size, rank % size, size * pp
+        self.replica, self.replicas = rank % (world // pp) // size, world // pp // size
         self.group: dist.ProcessGroup | None = None
         if size > 1:
             for first in range(0, world, size):

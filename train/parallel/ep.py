@@ -20,19 +20,25 @@ from torch import Tensor, nn
 from model import Transformer
 from model.moe import MoE, Routing, combine, sort_by_expert
 from train import distributed
+from train.parallel.pp import own_group
 from train.parallel.zero3 import held, is_cut
 
 
 class ExpertParallel:
     """This rank's place among the `size` ranks that share the experts. Every rank makes one at the same time."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, pp: int = 1) -> None:
         world = distributed.world_size()
-        assert world % size == 0, f"ep={size} in a world of {world}"
+        assert world % (size * pp) == 0, f"ep={size} and pp={pp} in a world of {world}"
         self.size, self.rank = size, distributed.rank() % size
         self.name = f"ep_size_{size}"
         self.group: dist.ProcessGroup | None = None
-        if size > 1:
+        if size > 1 and pp > 1:  # DeepSpeed is not there, and its groups would reach over all floors
+            breadth = world // pp
+            self.group = own_group(range(first, first + size) for first in range(0, world, size))
+            places = [range(k * breadth + i, (k + 1) * breadth, size) for k in range(pp) for i in range(size)]
+            self.replicas = own_group(places)
+        elif size > 1:
             from train.engine import import_deepspeed
 
             deepspeed = import_deepspeed()
@@ -74,12 +80,12 @@ def expert_group(net: nn.Module) -> dist.ProcessGroup:
 
 
 @torch.no_grad()
-def frozen_checksum(net: nn.Module) -> int:
+def frozen_checksum(net: nn.Module, leave_out: str | None = None) -> int:
     """Sum of the bit patterns of all fp32 weights that do not train, the same however they are cut: changed weights
-    change it. All ranks call it."""
+    change it. `leave_out`: the name of one. All ranks call it."""
     whole, shared, cut = torch.zeros(3, dtype=torch.int64, device=distributed.device()).unbind()
-    for p in net.parameters():
-        if not p.requires_grad and p.dtype == torch.float32:
+    for name, p in net.named_parameters():
+        if not p.requires_grad and p.dtype == torch.float32 and name != leave_out:
             bits = held(p).view(torch.int32).sum(dtype=torch.int64).to(whole.device)
             (cut if is_cut(p) else shared if hasattr(p, "group_name") else whole).add_(bits)
     if any(hasattr(p, "group_name") for p in net.parameters()):
