@@ -24,7 +24,9 @@ def pipeline_runs(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, layers, given = config.parallel, config.model.num_hidden_layers, config.train.micro_batches
     pp, schedule = parallel.pp, parallel.pp_schedule
     if pp < 2 or schedule not in PARTS:
-        return  # numbers_in_range and known_names say so
+        if pp == 1 and schedule != "1f1b":
+            yield f"parallel.pp_schedule={schedule} has nothing to order in parallel.pp=1: give parallel.pp=2 or more"
+        return  # numbers_in_range and known_names say the rest
     if world_size % pp:
         yield f"parallel.pp={pp} does not divide the world of {world_size} processes: start a multiple of {pp}"
     parts = pp * PARTS[schedule]

@@ -16,6 +16,7 @@ All losses are parts of a global mean, so gradients are summed over ranks and mi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
-        return hidden.view_as(hidden)
+        return hidden.clone()  # torch detaches what a part returns in place, which views refuse
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -88,6 +89,9 @@ class PipelineEngine(EngineBase):
         self.stage, self._train, self._micro_batches = STAGES[config.stage], config.train, config.train.micro_batches
         self._autocast = autocast_dtype(config.precision.name)
         assert pp.column is not None and pp.floor is not None, "pp=1 needs no pipeline"
+        warnings.filterwarnings(
+            "ignore", "`torch.distributed.*is deprecated", FutureWarning
+        )  # of names whose successors are new in 2.13
         with torch.device("meta"):
             self._blank = Transformer(config.model)  # the shapes of what other floors hold
         ends = [pp.floor_of(0), pp.floor_of(len(pp.parts) - 1)]

@@ -50,6 +50,8 @@ def make_schedule(name: str, stages: Sequence[Any], micro_batches: int, loss: Ca
 
 def table(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
     """The actions of each of `pp` ranks, in order; what a rank does without waiting for another is not in it."""
+    if name == "1f1b":  # torch's own table, which its 1F1B does not run by, starts the last rank at micro-batch 1
+        return [_one_forward_one_backward(pp, rank, micro_batches) for rank in range(pp)]
     count = pp * PARTS[name]
     stages = [
         SimpleNamespace(num_stages=count, group_size=pp, group_rank=0, stage_index=i, is_last=False, submod=nn.Module())
@@ -68,3 +70,70 @@ def table(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
             ]
         )
     return ranks
+
+
+def _one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[Action]:
+    ahead = min(pp - rank, micro_batches)
+    actions = [Action("F", rank, number) for number in range(ahead)]
+    for number in range(micro_batches):
+        actions.append(Action("B", rank, number))
+        if number + ahead < micro_batches:
+            actions.append(Action("F", rank, number + ahead))
+    return actions
+
+
+class Timed(NamedTuple):
+    """An action with its start and end."""
+
+    action: Action
+    start: float
+    end: float
+
+
+def simulate(ranks: Sequence[Sequence[Action]], cost: Callable[[Action], float]) -> list[list[Timed]]:
+    """When each action runs if every rank takes its own in order, each as soon as what it needs is there, and what
+    travels takes no time. ValueError where a table cannot be run to its end."""
+    done: dict[tuple[str, int, int], float] = {}  # (forward or backward, part, micro-batch) -> when
+    last = max(action.part for actions in ranks for action in actions)
+    found: list[list[Timed]] = [[] for _ in ranks]
+    while any(len(mine) < len(actions) for mine, actions in zip(found, ranks, strict=True)):
+        progress = False
+        for mine, actions in zip(found, ranks, strict=True):
+            while len(mine) < len(actions):
+                action = actions[len(mine)]
+                kind, part, number = action
+                needs = []
+                if kind == "F" and part > 0:
+                    needs = [("F", part - 1, number)]
+                elif kind in ("B", "I"):
+                    needs = [("F", part, number)] + ([("B", part + 1, number)] if part < last else [])
+                if any(need not in done for need in needs):
+                    break
+                start = max([mine[-1].end if mine else 0.0, *(done[need] for need in needs)])
+                mine.append(Timed(action, start, start + cost(action)))
+                if kind != "W":
+                    done["F" if kind == "F" else "B", part, number] = mine[-1].end
+                progress = True
+        if not progress:
+            raise ValueError("the table waits for itself")
+    return found
+
+
+def bubble(timed: Sequence[Sequence[Timed]]) -> float:
+    """Share of the ranks' time, from the first start to the last end, in which they do nothing."""
+    span = max(each.end for mine in timed for each in mine)
+    busy = sum(each.end - each.start for mine in timed for each in mine)
+    return 1 - busy / (span * len(timed))
+
+
+def unit_cost(action: Action) -> float:
+    """A forward takes as long as either half of a backward."""
+    return 2.0 if action.kind == "B" else 1.0
+
+
+def formula(name: str, pp: int, micro_batches: int) -> float:
+    """The closed form of `bubble` where F = I = W, no part is dearer than another, and there are 2 pp micro-batches or
+    more (1f1b and interleaved: pp). Idle are, of a floor's work on one micro-batch, (pp - 1) times all of it (1f1b),
+    half of it (interleaved: a part is half a floor) or one of the six passes that it comes to (the V schedules)."""
+    idle = (pp - 1) / {"1f1b": 1, "interleaved": 2, "zbv": 6, "dualpipev": 6}[name]
+    return idle / (micro_batches + idle)
