@@ -14,6 +14,7 @@ import bench.memory  # noqa: F401
 import bench.needles  # noqa: F401
 import bench.oracle  # noqa: F401
 import bench.parity  # noqa: F401
+import bench.pipeline  # noqa: F401
 import bench.plan  # noqa: F401
 import bench.rollout  # noqa: F401
 import bench.sandbox  # noqa: F401

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -111,7 +110,9 @@ class PipelineEngine(EngineBase):
             own = [p for p in group["params"] if p is not copy]
             self.groups.append(FlatGroup(own, ep.replicas if experts else pp.floor, experts))
             group["params"] = [self.groups[-1].mine]
-        self._schedule = self._make_schedule(config)
+        self.stages = self._make_stages(config)
+        ready = (lambda output, target: output) if self.stage.trunk_grad else None  # the last part gives its loss
+        self._schedule = make_schedule(pp.schedule, self.stages, self._micro_batches, ready)
         self._squared = torch.zeros(())
         self._norm = 0.0
         self._batches: Sequence[tuple[dict[str, Tensor], Context]] = []
@@ -119,7 +120,7 @@ class PipelineEngine(EngineBase):
         self._sums: Sums = {}
         self._stats = False
 
-    def _make_schedule(self, config: RunConfig) -> Any:
+    def _make_stages(self, config: RunConfig) -> list[PipelineStage]:
         backward, device = self.stage.trunk_grad, distributed.device()
         # static shapes: torch would otherwise find them by a forward and a backward that must not happen
         states = torch.empty(config.data.seq_len // config.parallel.cp, config.model.hidden_size, device=device)
@@ -139,8 +140,7 @@ class PipelineEngine(EngineBase):
                     group=self.pp.column,
                 )
             )
-        ready = (lambda output, target: output) if backward else None  # the last part's output is its loss
-        return make_schedule(self.pp.schedule, stages, self._micro_batches, ready)
+        return stages
 
     # A step
 

@@ -70,7 +70,7 @@ def test_what_runs_is_accepted(argv: str) -> None:
         ),
         (
             "parallel.pp=2 parallel.pp_schedule=zb1p train.micro_batches=2",
-            "parallel.pp_schedule=zb1p is not known: did you mean zbv?",
+            "parallel.pp_schedule=zb1p is not known: valid: 1f1b, interleaved, zbv, dualpipev",
         ),
         (
             "parallel.pp=2 train.micro_batches=2 parallel.zero=2",
