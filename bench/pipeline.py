@@ -2,12 +2,14 @@
 
 formula       the closed form, F = I = W
 table         the schedule's own table of actions, run in thought with F = I = W: must be the formula's
-expected      the same as torch runs it: the first part has no gradient to hand on, so its whole backward is its W
+expected      the same as torch runs it: the first part has no gradient to hand on, so its whole backward is its W;
+              and what DualPipeV pairs runs one after the other, both results leaving together
 measured      wall clock of torch's runtime over real processes and messages, passes that sleep for a set time: neither
               the number of cores nor other work on the machine decides then, so four floors fit on two cores
 
-And for the model itself: CPU seconds of the passes of each part, and how idle the floors are that take these
-(`from_costs`, by the table); on a busy machine its own wall clock would measure the neighbours.
+And for the model itself on two floors, one thread each: CPU seconds of the passes of each part, how idle floors are
+that take these (`from_costs`, by the table), and by the wall clock (`model_measured`, which means something only where
+two cores have nothing else to do).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from conf.validate_pipeline import PARTS
 from train.parallel.pp import parts_of_floor
 from train.parallel.schedules import Action, bubble, formula, make_schedule, simulate, table, unit_cost
 
-PP, MICRO_BATCHES, SECONDS, REPEATS = 4, 8, 0.04, 3
+PP, MICRO_BATCHES, SECONDS, REPEATS = 4, 8, 0.1, 3
 SIZES = [(2, 4), (4, 8), (8, 16), (8, 64), (16, 240)]  # floors, micro-batches
 MAX_OFF = 0.03  # of `measured`, from `expected`
 MODEL_PP, MODEL_MICRO_BATCHES, LENGTH = 2, 4, 256
@@ -67,7 +69,7 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         time.sleep(ctx.seconds)
-        return grad, None, None
+        return grad.contiguous(), None, None
 
 
 class _SleptPart(nn.Module):
@@ -146,7 +148,7 @@ def slept(schedule: str) -> dict[str, Any]:
         dist.all_gather_object(ranks, mine)
         if repeat:
             bubbles.append(measured_bubble(ranks))
-    return {"measured": statistics.median(bubbles), "of": [round(value, 4) for value in bubbles]}
+    return {"measured": round(statistics.median(bubbles), 4), "of": [round(value, 4) for value in bubbles]}
 
 
 def model_costs(schedule: str) -> dict[str, Any]:
@@ -181,20 +183,28 @@ def model_costs(schedule: str) -> dict[str, Any]:
     batch |= {"positions": rows, "doc_start": torch.zeros_like(rows)}
     batches = [batch] * MODEL_MICRO_BATCHES
     counts = global_counts(batches, cp.copies)
-    mine: list[Pass] = []
-    for repeat in range(2):
-        with _timed(engine.stages, mine if repeat else [], time.thread_time):
+
+    def run(clock: Callable[[], float]) -> list[list[Pass]]:
+        mine: list[Pass] = []
+        dist.barrier()
+        with _timed(engine.stages, mine, clock):
             engine.run([cp.share(each) for each in batches], counts, False)
-    ranks: list[Any] = [None] * MODEL_PP
-    dist.all_gather_object(ranks, mine)
+        ranks: list[Any] = [None] * MODEL_PP
+        dist.all_gather_object(ranks, mine)
+        return ranks
+
+    run(time.monotonic)  # the first one opens connections
+    wall = [measured_bubble(run(time.monotonic)) for _ in range(REPEATS)]
     seconds: dict[tuple[str, int], list[float]] = {}
-    for action, start, end in (each for rank in ranks for each in rank):
+    for action, start, end in (each for rank in run(time.thread_time) for each in rank):
         seconds.setdefault((action.kind, action.part), []).append(end - start)
     mean = {key: statistics.mean(values) for key, values in seconds.items()}
-    found = simulate(table(schedule, MODEL_PP, MODEL_MICRO_BATCHES), lambda action: mean[action.kind, action.part])
+    actions = table(schedule, MODEL_PP, MODEL_MICRO_BATCHES)
+    found = simulate(actions, lambda action: mean[action.kind, action.part], pairs_send_last=True)
     return {
         "cpu_ms": {f"{kind}{part}": round(1e3 * value, 1) for (kind, part), value in sorted(mean.items())},
         "from_costs": round(bubble(found), 4),
+        "model_measured": round(statistics.median(wall), 4),
     }
 
 
@@ -218,13 +228,12 @@ def pipeline() -> dict[str, Any]:
             rows.append(row | {"formula": round(formula(schedule, pp, number), 4), "table": round(by_table, 4)})
     exact = all(abs(row["formula"] - row["table"]) < 1e-3 for row in rows)
     for row in on_ranks("slept", PP):
-        found = simulate(table(row["schedule"], PP, MICRO_BATCHES), as_torch_runs(unit_cost))
-        wanted = formula(row["schedule"], PP, MICRO_BATCHES)
+        name = str(row["schedule"])
+        expected = bubble(simulate(table(name, PP, MICRO_BATCHES), as_torch_runs(unit_cost), pairs_send_last=True))
+        wanted = formula(name, PP, MICRO_BATCHES)
         size = {"pp": PP, "micro_batches": MICRO_BATCHES}
-        rows.append(row | size | {"formula": round(wanted, 4), "expected": round(bubble(found), 4)})
-        print(
-            f"{row['schedule']:12} measured {row['measured']:.3f}, expected {bubble(found):.3f}, formula {wanted:.3f}"
-        )
+        rows.append(row | size | {"formula": round(wanted, 4), "expected": round(expected, 4)})
+        print(f"{name:12} measured {row['measured']:.3f}, expected {expected:.3f}, formula {wanted:.3f}")
     near = all(abs(row["measured"] - row["expected"]) <= MAX_OFF for row in rows if "measured" in row)
     rows += on_ranks("model", MODEL_PP)
     PICTURE.write_text(picture(PP, MICRO_BATCHES), encoding="utf-8")

@@ -23,9 +23,9 @@ STYLE = (
 def picture(pp: int, micro_batches: int) -> str:
     """An SVG with a panel a schedule. A part takes its share of a floor's time, so the panels have one scale; in each
     pass stands its micro-batch, the darker ones are those of the floor's second part."""
-    runs = {name: simulate(table(name, pp, micro_batches), lambda a, n=PARTS[name]: unit_cost(a) / n) for name in PARTS}
-    longest = max(each.end for ranks in runs.values() for mine in ranks for each in mine)
-    scale = (WIDTH - LEFT - RIGHT) / longest
+    runs = {name: simulate(table(name, pp, micro_batches), unit_cost) for name in PARTS}
+    longest = {name: max(each.end for mine in ranks for each in mine) / PARTS[name] for name, ranks in runs.items()}
+    whole = (WIDTH - LEFT - RIGHT) / max(longest.values())  # pixels of a pass through all that a floor holds
     body = [f'<text class="title" x="{LEFT}" y="22">{pp} floors, {micro_batches} micro-batches, F = I = W</text>']
     for i, (kind, (light, _)) in enumerate(COLOURS.items()):
         x = LEFT + 380 + 110 * i
@@ -33,6 +33,7 @@ def picture(pp: int, micro_batches: int) -> str:
         body.append(f'<text x="{x + 20}" y="22">{kind} {NAMES[kind]}</text>')
     top = HEAD
     for name, ranks in runs.items():
+        scale = whole / PARTS[name]
         body.append(f'<text class="title" x="{LEFT}" y="{top}">{name}: idle {100 * bubble(ranks):.1f}%</text>')
         for floor, mine in enumerate(ranks):
             y = top + 8 + floor * ROW

@@ -169,6 +169,9 @@ class PipelineEngine(EngineBase):
         """One forward of one part -> the states for the next one, or the last part's loss."""
         rows, place = self._batches[number]
         stage = self.stage
+        if hidden is not None and hidden.requires_grad:
+            hidden = hidden.view_as(hidden)  # itself it is a buffer, which lives on and would collect hooks
+            hidden.register_hook(Tensor.contiguous)  # its gradient is sent
         with torch.autocast(distributed.device().type, self._autocast, enabled=self._autocast is not None):
             out = self.net(
                 **rows,

@@ -25,11 +25,12 @@ _MULTI = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble, 
 
 
 class Action(NamedTuple):
-    """`kind`: F | B | I | W."""
+    """`kind`: F | B | I | W. `paired`: the next action is meant to overlap with it (DualPipeV)."""
 
     kind: str
     part: int
     micro_batch: int
+    paired: bool = False
 
 
 def make_schedule(name: str, stages: Sequence[Any], micro_batches: int, loss: Callable[..., Tensor] | None) -> Any:
@@ -60,15 +61,13 @@ def table(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
     made = make_schedule(name, stages, micro_batches, lambda output, _: output)
     ranks = []
     for rank in range(pp):
-        actions = [each for each in made.pipeline_order[rank] if each is not None]
-        flat = [each for action in actions for each in (action.sub_actions or (action,))]
-        ranks.append(
-            [
-                Action(each.computation_type.value, each.stage_index, each.microbatch_index)
-                for each in flat
-                if each.computation_type.value in ("F", "B", "I", "W")
-            ]
-        )
+        found: list[Action] = []
+        for action in made.pipeline_order[rank]:
+            passes = () if action is None else (action.sub_actions or (action,))
+            for each in passes:
+                kind, paired = each.computation_type.value, each is not passes[-1]
+                found.append(Action(kind, each.stage_index, each.microbatch_index, paired))
+        ranks.append(found)
     return ranks
 
 
@@ -90,9 +89,15 @@ class Timed(NamedTuple):
     end: float
 
 
-def simulate(ranks: Sequence[Sequence[Action]], cost: Callable[[Action], float]) -> list[list[Timed]]:
+def simulate(
+    ranks: Sequence[Sequence[Action]], cost: Callable[[Action], float], pairs_send_last: bool = False
+) -> list[list[Timed]]:
     """When each action runs if every rank takes its own in order, each as soon as what it needs is there, and what
-    travels takes no time. ValueError where a table cannot be run to its end."""
+    travels takes no time. ValueError where a table cannot be run to its end.
+
+    `pairs_send_last`: of paired actions, which run one after the other, the first one's result leaves the rank with the
+    second's: so torch 2.13 does.
+    """
     done: dict[tuple[str, int, int], float] = {}  # (forward or backward, part, micro-batch) -> when
     last = max(action.part for actions in ranks for action in actions)
     found: list[list[Timed]] = [[] for _ in ranks]
@@ -101,7 +106,7 @@ def simulate(ranks: Sequence[Sequence[Action]], cost: Callable[[Action], float])
         for mine, actions in zip(found, ranks, strict=True):
             while len(mine) < len(actions):
                 action = actions[len(mine)]
-                kind, part, number = action
+                kind, part, number, _ = action
                 needs = []
                 if kind == "F" and part > 0:
                     needs = [("F", part - 1, number)]
@@ -111,8 +116,11 @@ def simulate(ranks: Sequence[Sequence[Action]], cost: Callable[[Action], float])
                     break
                 start = max([mine[-1].end if mine else 0.0, *(done[need] for need in needs)])
                 mine.append(Timed(action, start, start + cost(action)))
-                if kind != "W":
-                    done["F" if kind == "F" else "B", part, number] = mine[-1].end
+                held = pairs_send_last and len(mine) > 1 and mine[-2].action.paired
+                for sent in mine[-2:] if held else mine[-1:]:
+                    if sent.action.kind != "W" and not (sent.action.paired and pairs_send_last and sent is mine[-1]):
+                        way = "F" if sent.action.kind == "F" else "B"
+                        done[way, sent.action.part, sent.action.micro_batch] = mine[-1].end
                 progress = True
         if not progress:
             raise ValueError("the table waits for itself")
