@@ -63,7 +63,7 @@ def table(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
     for rank in range(pp):
         found: list[Action] = []
         for action in made.pipeline_order[rank]:
-            passes = () if action is None else (action.sub_actions or (action,))
+            passes: tuple[Any, ...] = () if action is None else (action.sub_actions or (action,))
             for each in passes:
                 kind, paired = each.computation_type.value, each is not passes[-1]
                 found.append(Action(kind, each.stage_index, each.microbatch_index, paired))
