@@ -107,8 +107,8 @@ def ask(argv: Sequence[str], as_is: bool, hidden: float) -> Question:
     layers = config.model.num_hidden_layers
     if gpus % pp or pp > layers:
         raise UserError(f"parallel.pp={pp} must divide gpus={gpus} and be at most the {layers} layers")
-    if pp > 1 and config.parallel.zero > 1:
-        raise UserError(f"parallel.pp={pp} goes with parallel.zero=0 or 1 alone, not {config.parallel.zero}")
+    if pp > 1 and config.parallel.zero != 1:
+        raise UserError(f"parallel.pp={pp} goes with parallel.zero=1 alone, not {config.parallel.zero}")
     return Question(config, cluster, overrides, pp, tuple(filled), as_is, hidden)
 
 
