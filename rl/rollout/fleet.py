@@ -46,8 +46,23 @@ class Server:
         self.spoilt = False  # an update of it failed: whatever its weights are called, they are not to be trusted
         self.doubted = False  # a request of it failed since the last look
         self.asked: set[asyncio.Task[dict[str, Any]]] = set()
+        self._idle_s, self._idle_since = 0.0, time.monotonic()
         self.lock = asyncio.Lock()  # of looks and loads
         self.look_now = asyncio.Event()
+
+    def occupy(self, change: int) -> None:
+        """One request more, or one less."""
+        now = time.monotonic()
+        if not self.load:
+            self._idle_s += now - self._idle_since
+        self.load += change
+        self._idle_since = now
+
+    def take_idle_s(self) -> float:
+        """Seconds since the last call without a request of this rank's."""
+        self.occupy(0)
+        found, self._idle_s = self._idle_s, 0.0
+        return found
 
 
 class Fleet:
@@ -229,13 +244,17 @@ class Fleet:
 
         await self._until(lambda: bool(free()))
         server = min(free(), key=lambda each: (each.load, self.order[each]))
-        server.load += 1
+        server.occupy(+1)
         return server
 
     async def release(self, server: Server) -> None:
-        server.load -= 1
+        server.occupy(-1)
         async with self._changed:
             self._changed.notify()
+
+    async def take_idle_s(self) -> float:
+        """Of the mean server, see `Server.take_idle_s`."""
+        return sum(server.take_idle_s() for server in self.servers) / len(self.servers)
 
     def doubt(self, server: Server) -> None:
         """It is asked nothing until the next look, which is at once."""
