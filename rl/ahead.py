@@ -3,9 +3,9 @@
 Bounded staleness as in AReaL (arXiv 2505.24298, eq. 3): with version i of the weights, a group is started only while
 the groups started do not come to more than (i + max_staleness + 1) * prompts_per_step. An iteration trains on the
 `prompts_per_step` groups that were started first among those that have come. Weights change under what is in work,
-whose later tokens are then of newer ones; every token's stamp says which. A group is as old as its oldest token; one that
-comes too late, because its longest answer took more than `max_staleness` updates, is dropped and another prompt asked
-in its place.
+whose later tokens are then of newer ones; every token's stamp says which. A group is as old as its oldest token. One
+that comes too late, because its longest answer took more than `max_staleness` updates, is dropped, and another prompt
+asked in its place.
 
 All ranks know of every group which rank asks for it, and by one small collective which have come: they choose alike,
 however late one of them is. When answers come is nobody's choice, so no two runs are the same to the bit.
@@ -46,7 +46,9 @@ class AheadRollouts(Rollouts):
         # the same on all ranks:
         self.owners: dict[int, int] = {}  # groups that were started and not yet taken -> the rank that asks for them
         self.started = self.dropped = 0  # groups of the run
-        self._again: dict[int, list[Sample]] = {}  # what a checkpoint had in flight, until there are weights to ask
+        self._again: dict[
+            int, list[RolloutRequest]
+        ] = {}  # what a checkpoint had in flight, until there are weights to ask
         self._oldest: dict[int, int] = {}  # of what came here
         self._since = time.monotonic()
 
@@ -60,19 +62,19 @@ class AheadRollouts(Rollouts):
         self.wait_s = 0.0
 
     def groups(self) -> list[Sample]:
-        for number, samples in self._again.items():
-            self.asking.start(number, [sample.request for sample in samples])
+        for number, requests in self._again.items():
+            self.asking.start(number, requests)
         self._again = {}
-        return self._take(self.rl.prompts_per_step)
+        return self._choose(self.rl.prompts_per_step)
 
     def replacements(self, left_out: Sequence[int]) -> list[Sample]:
         self.trained -= len(left_out)
-        return self._take(len(left_out))
+        return self._choose(len(left_out))
 
     def _ask(self, requests: Sequence[RolloutRequest], check: Callable[..., None]) -> list[Sample]:
         return self.engine.generate(requests, check)
 
-    def _take(self, count: int) -> list[Sample]:
+    def _choose(self, count: int) -> list[Sample]:
         """The samples of this rank among the next `count` groups of all, which get their places in the iteration."""
         begin = time.monotonic()
         while True:
@@ -149,6 +151,7 @@ class AheadRollouts(Rollouts):
     def tensors(self) -> dict[str, Tensor]:
         """The groups that came and nobody trained on, and the requests of those that did not come."""
         came, asked = self.asking.state()
+        asked |= self._again
         blank = [Sample(r, prompt_columns(r.prompt_ids, 0), "", CUT) for group in asked.values() for r in group]
         found = {f"came.{name}": value for name, value in to_tensors([s for g in came.values() for s in g]).items()}
         found |= {f"asked.{name}": value for name, value in to_tensors(blank).items()}
@@ -172,7 +175,7 @@ class AheadRollouts(Rollouts):
         self.owners = dict(tensors["ahead.owners"].view(-1, 2).tolist())
         for number, samples in groups("came").items():
             self.asking.put(number, samples)
-        self._again = groups("asked")
+        self._again = {n: [sample.request for sample in samples] for n, samples in groups("asked").items()}
 
 
 def groups_at_once(rl: RLConfig) -> int:
