@@ -46,9 +46,7 @@ class AheadRollouts(Rollouts):
         # the same on all ranks:
         self.owners: dict[int, int] = {}  # groups that were started and not yet taken -> the rank that asks for them
         self.started = self.dropped = 0  # groups of the run
-        self._again: dict[
-            int, list[RolloutRequest]
-        ] = {}  # what a checkpoint had in flight, until there are weights to ask
+        self._again: dict[int, list[RolloutRequest]] = {}  # of a checkpoint, until there are weights to ask
         self._oldest: dict[int, int] = {}  # of what came here
         self._since = time.monotonic()
 

@@ -38,7 +38,7 @@ class Served:
         folder = context.folder / "servers" if rl.servers.folder is None else Path(rl.servers.folder)
         dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
         self.weights = WeightSync(self.fleet, self.loop, rl.servers, folder, context.folder / "tokenizer", dtype)
-        self.sync_s, self._since = 0.0, time.monotonic()
+        self.sync_s = 0.0
         self.weights.of_leader(lambda: self.loop.wait(self.fleet.open()))
         if rank != 0:
             self.loop.wait(self.fleet.open())
@@ -66,8 +66,7 @@ class Served:
         self.engine.asked_again = self.plain.asked_again = 0
         seconds, self.sync_s = self.sync_s, 0.0
         ready = sum(server.state is State.READY for server in self.fleet.servers)
-        before, self._since = self._since, time.monotonic()
-        idle = self.loop.wait(self.fleet.take_idle_s()) / (self._since - before)
+        idle = self.loop.wait(self.fleet.take_idle_frac())
         return {
             "servers/ready": ready,
             "servers/asked_again": asked_again,
