@@ -129,6 +129,7 @@ def test_weights_change_in_flight_and_every_token_says_whose_it_is(
     if world > 1:  # the weights are cut, and whoever updates so slowly waits for no sample
         return
     assert any(row["staleness/mixed_frac"] > 0 for row in rows(tmp_path / "run"))
+    assert sum(row["servers/asked_again"] for row in rows(tmp_path / "run")) == 0, "nothing was broken off for weights"
     checked, others = 0, 0.0
     for _, (_, ids, versions, mask, logprobs) in taken(seen):
         first = mask.index(True)
