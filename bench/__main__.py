@@ -3,6 +3,7 @@
 import sys
 
 import bench.ablation  # noqa: F401  (each registers itself)
+import bench.async_rl  # noqa: F401
 import bench.cost  # noqa: F401
 import bench.cost_curve  # noqa: F401
 import bench.data  # noqa: F401

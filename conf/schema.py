@@ -303,6 +303,8 @@ class RLConfig:
     one_step_off: bool = False  # an iteration's samples are drawn beside the update before it, by the weights before it
     engine: str = "native"  # native (in this process) | vllm | sglang: who draws; servers of `servers.urls`
     servers: ServersConfig = field(default_factory=ServersConfig)
+    # iterations that the weights behind a trained token may be old, while servers draw on through updates; 0: they wait
+    max_staleness: int = 0
     stop: tuple[str, ...] = ()  # strings that end a sample; its text ends before them
     temperature: float = 1.0
     top_p: float = 1.0

@@ -16,6 +16,7 @@ from typing import Any
 from conf.convert import leaf_types, to_dict
 from conf.errors import UserError, nearest
 from conf.schema import ENVIRONMENT_LEVELS, LONG_LEVELS, STAGES, TASK_LEVELS, RunConfig
+from conf.validate_async import ASYNC_RULES
 from conf.validate_data import DATA_RULES
 from conf.validate_eval import EVAL_RULES, eval_warnings
 from conf.validate_long import LONG_RULES
@@ -73,6 +74,7 @@ MAY_BE_ZERO = {  # whole numbers that count from 0; every other one is a size an
     "rl.top_k",
     "rl.judge_retries",
     "rl.servers.retries",
+    "rl.max_staleness",
 }
 
 INTERVALS: dict[str, str] = {  # of the fractional numbers; every other one is at least 0
@@ -570,6 +572,7 @@ RULES: tuple[Rule, ...] = (
     judge_url_is_safe,
     rl_weights,
     *SERVER_RULES,
+    *ASYNC_RULES,
     *LONG_RULES,
     alert_limits,
     *EVAL_RULES,

@@ -19,6 +19,7 @@ from functools import partial
 from conf.schema import RLConfig
 from model import Transformer
 from model.generate import Sampling
+from rl.ahead import AheadRollouts
 from rl.groups import Experience, grade, judge
 from rl.heldout import Heldout
 from rl.ledger import add, iteration_flops, ledger_metrics, pretrain_flops
@@ -42,7 +43,6 @@ from rl.summary import (
     of_all_ranks,
     off_policy_metrics,
     rollout_row,
-    staleness_metrics,
 )
 from rl.update import mini_batch, mini_batches_of, row_logprobs, run_mini_batch
 from train import checkpoint, distributed
@@ -104,7 +104,9 @@ def run(context: RunContext) -> None:
     measured_by: RolloutEngine = NativeEngine(whole, context.tokenizer(), rl, attention, autocast, Sampling())
     if served is not None:
         engine_of_one, measured_by = served.engine, served.plain
-    rollouts = Rollouts(ToolLoop(engine_of_one, context.tokenizer(), rl, offer, stream.room), stream, rl)
+    player = ToolLoop(engine_of_one, context.tokenizer(), rl, offer, stream.room)
+    steps = config.train.steps
+    rollouts = AheadRollouts(player, stream, rl, steps) if rl.max_staleness else Rollouts(player, stream, rl)
     rollouts.load(context.held(), state.step, state.data_position, int(state.extra.get("prompts_too_long", 0)))
     heldout = Heldout(config, context.tokenizer(), measured_by, offer) if rl.eval_every else None
 
@@ -215,8 +217,7 @@ def gather_experience(
     state.data_position, state.extra["prompts_too_long"] = stream.position, stream.too_long
     if rl.dynamic_sampling:
         row["rollout/resampled_groups"] = resampled
-    if rl.rollout_tokens is not None or rl.one_step_off:
-        row |= staleness_metrics(experience, len(rollouts.buffer.unfinished), state.step)
+    row |= rollouts.metrics(experience, state.step)
     return experience, row | {"rollout/prompts_too_long": stream.too_long, "new_tokens": sums["tokens"]}
 
 

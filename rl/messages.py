@@ -142,6 +142,11 @@ class Sample:
         return sum(row.num_sampled for row in self.rows)
 
     @property
+    def drawn_by(self) -> list[int]:
+        """Iteration of the weights that drew each of its sampled tokens."""
+        return [v for row in self.rows for drawn, v in zip(row.loss_mask, row.weight_versions, strict=True) if drawn]
+
+    @property
     def rows(self) -> tuple[TokenColumns, ...]:
         """In the order they were drawn in."""
         return (*self.earlier, self.tokens)

@@ -7,6 +7,7 @@ A problem of an environment is offered the environment's tools, any other prompt
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -37,6 +38,7 @@ class Offer:
         self.rule = CONTEXT_RULES[rl.tools.reasoning]
         self.shared = Shared(rl.tools, folder, rank)
         self._loop: LoopThread | None = None
+        self._lock = threading.Lock()
         self._schemas: dict[str, list[dict[str, Any]]] = {}
 
     def __enter__(self) -> Self:
@@ -50,9 +52,10 @@ class Offer:
     @property
     def loop(self) -> LoopThread:
         """Where tools and environments run, for as long as the run."""
-        if self._loop is None:
-            self._loop = LoopThread("tools")
-        return self._loop
+        with self._lock:
+            if self._loop is None:
+                self._loop = LoopThread("tools")
+            return self._loop
 
     def open(self) -> None:
         """Makes what is dear now, so that a mistake ends the run before a model is built. UserError."""

@@ -155,6 +155,15 @@ class PromptStream:
         all ranks and in order; it takes over the place of the one it replaces."""
         return self._deal([index + self.rl.prompts_per_step for index in left_out], rank, world)
 
+    def group(self, number: int) -> list[RolloutRequest]:
+        """The samples of the next prompt, which is number `number` of the run: those that iteration
+        number // prompts_per_step would ask for it."""
+        (prompt, ids, answer), (iteration, index) = self._next(), divmod(number, self.rl.prompts_per_step)
+        return [
+            request_of(prompt, ids, index, sample, sample_seed(self.seed, iteration, index, sample), answer)
+            for sample in range(self.rl.group_size)
+        ]
+
     def _deal(self, indices: Sequence[int], rank: int, world: int) -> list[RolloutRequest]:
         dealt, places = [self._next() for _ in indices], self.rl.prompts_per_step
         stays = self.rl.rollout_tokens is not None  # a group that may go on later belongs to the rank of its place

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from conf.schema import RLConfig
 from rl.buffer import Buffer
+from rl.groups import Experience
 from rl.messages import RolloutRequest, Sample, Stretch
 from rl.prompts import PromptStream
 from rl.rollout import RolloutEngine
 from rl.rollout.beside import Beside
 from rl.stored import from_tensors, to_tensors
-from rl.summary import of_all_ranks
+from rl.summary import of_all_ranks, staleness_metrics
 from train import distributed
 
 
@@ -107,6 +108,12 @@ class Rollouts:
         self.seconds += seconds
         self.drawn += [Stretch(sample, start) for sample, start in zip(samples, batch.starts, strict=True)]
         return self.buffer.take(samples)
+
+    def metrics(self, experience: Experience, version: int) -> dict[str, float]:
+        """How old what is trained on is, where it is not all of now; all ranks call it. `version`: of the weights."""
+        if self.rl.rollout_tokens is None and not self.rl.one_step_off:
+            return {}
+        return staleness_metrics(experience, len(self.buffer.unfinished), version)
 
     def tensors(self) -> dict[str, Tensor]:
         """The samples that no iteration has seen yet, for a checkpoint."""

@@ -111,11 +111,25 @@ def tool_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 def staleness_metrics(experience: Experience, carried: int, version: int) -> dict[str, float]:
     """How many samples go on later (`carried` of this rank's), and by how many iterations the weights that drew the
     tokens trained on are older than `version`, in the mean; NaN over none. All ranks call it."""
-    rows = [row for sample in experience.trained for row in sample.rows]
-    pairs = (zip(row.loss_mask, row.weight_versions, strict=True) for row in rows)
-    ages = [version - drawn_by for pair in pairs for sampled, drawn_by in pair if sampled]
+    ages = [version - by for sample in experience.trained for by in sample.drawn_by]
     sums = add_over_ranks({"carried": carried, "tokens": len(ages), "age": sum(ages)})
     return {"rollout/carried": sums["carried"], "rollout/staleness_mean": sums["age"] / (sums["tokens"] or math.nan)}
+
+
+def age_metrics(experience: Experience, version: int, groups: Mapping[str, float]) -> dict[str, float]:
+    """`staleness/*`: by how many iterations the weights that drew the tokens trained on are older than `version`, and
+    the share of the samples that several versions drew; NaN over none. `async/*`: `groups` of all ranks, which all call
+    it."""
+    drawn = [[version - by for by in sample.drawn_by] for sample in experience.trained]
+    own = {"tokens": sum(map(len, drawn)), "age": sum(map(sum, drawn)), "samples": len(drawn)}
+    sums = add_over_ranks(own | {"mixed": sum(len(set(ages)) > 1 for ages in drawn)} | dict(groups))
+    oldest = distributed.max_over_ranks(max((age for ages in drawn for age in ages), default=-math.inf))
+    return {
+        "staleness/mean": sums["age"] / (sums["tokens"] or math.nan),
+        "staleness/max": oldest if sums["tokens"] else math.nan,
+        "staleness/mixed_frac": sums["mixed"] / (sums["samples"] or math.nan),
+        **{f"async/{name}": sums[name] for name in groups},
+    }
 
 
 def experience_metrics(sums: Mapping[str, float], rollout_seconds: float) -> dict[str, float]:

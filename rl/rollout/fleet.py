@@ -46,8 +46,21 @@ class Server:
         self.spoilt = False  # an update of it failed: whatever its weights are called, they are not to be trusted
         self.doubted = False  # a request of it failed since the last look
         self.asked: set[asyncio.Task[dict[str, Any]]] = set()
+        self._idle_s, self._since = 0.0, time.monotonic()
         self.lock = asyncio.Lock()  # of looks and loads
         self.look_now = asyncio.Event()
+
+    def occupy(self, change: int) -> None:
+        """That many requests more."""
+        now = time.monotonic()
+        self._idle_s += 0.0 if self.load else now - self._since
+        self.load, self._since = self.load + change, now
+
+    def take_idle_s(self) -> float:
+        """Seconds since the last call without a request of this rank's."""
+        self.occupy(0)
+        found, self._idle_s = self._idle_s, 0.0
+        return found
 
 
 class Fleet:
@@ -73,7 +86,7 @@ class Fleet:
         self.opened = False
         self._broken: BaseException | None = None  # a mistake at the start, or a fault of ours in a look
         self._changed = asyncio.Condition()
-        self._seen_ready = time.monotonic()
+        self._seen_ready = self._idle_since = time.monotonic()
         self._looking: list[asyncio.Task[None]] = []
 
     # Looking after them
@@ -229,13 +242,20 @@ class Fleet:
 
         await self._until(lambda: bool(free()))
         server = min(free(), key=lambda each: (each.load, self.order[each]))
-        server.load += 1
+        server.occupy(+1)
         return server
 
     async def release(self, server: Server) -> None:
-        server.load -= 1
+        server.occupy(-1)
         async with self._changed:
             self._changed.notify()
+
+    async def take_idle_frac(self) -> float:
+        """Share of the time since the last call in which the mean server had no request of this rank's."""
+        before = self._idle_since
+        idle = sum(server.take_idle_s() for server in self.servers) / len(self.servers)
+        self._idle_since = time.monotonic()
+        return idle / (self._idle_since - before)
 
     def doubt(self, server: Server) -> None:
         """It is asked nothing until the next look, which is at once."""

@@ -31,7 +31,8 @@ class Served:
         wanted, key, rank = wanted_of(rl, config.model, eos_id), server_key(rl.servers.key_env), distributed.rank()
         self.loop = LoopThread("servers")
         self.fleet = Fleet(dialect_of(rl), rl.servers, wanted, key, rank == 0, rank, context.say)
-        self.engine = ServerEngine(self.fleet, self.loop, tokenizer, wanted)
+        self.engine = ServerEngine(self.fleet, self.loop, tokenizer, wanted, exact=not rl.max_staleness)
+        self.mode = "keep" if rl.max_staleness else "abort"  # of what is in work while weights change
         plain = Wanted(Sampling(), config.model, eos_id, rl.stop)
         self.plain = ServerEngine(self.fleet, self.loop, tokenizer, plain)
         folder = context.folder / "servers" if rl.servers.folder is None else Path(rl.servers.folder)
@@ -55,13 +56,20 @@ class Served:
         start = time.monotonic()
         net = engine.net
         assert isinstance(net, Transformer)
-        self.weights.push(net, engine.whole, step)
+        self.weights.push(net, engine.whole, step, self.mode)
         self.sync_s += time.monotonic() - start
 
     def take_metrics(self) -> dict[str, float]:
-        """Of this rank, since the last call: servers that may be asked, requests asked again, seconds of syncs."""
+        """Of this rank, since the last call: servers that may be asked, requests asked again, seconds of syncs; and the
+        share of the time in which the mean server had no request, of the rank with most of them. All ranks call it."""
         asked_again = self.engine.asked_again + self.plain.asked_again
         self.engine.asked_again = self.plain.asked_again = 0
         seconds, self.sync_s = self.sync_s, 0.0
         ready = sum(server.state is State.READY for server in self.fleet.servers)
-        return {"servers/ready": ready, "servers/asked_again": asked_again, "servers/sync_s": seconds}
+        idle = self.loop.wait(self.fleet.take_idle_frac())
+        return {
+            "servers/ready": ready,
+            "servers/asked_again": asked_again,
+            "servers/sync_s": seconds,
+            "servers/idle_frac": -distributed.max_over_ranks(-idle),
+        }

@@ -180,6 +180,10 @@ class Decoding:
     def relabel(self, label: str) -> None:
         self.call(lambda: self._relabel(label))
 
+    def forget(self) -> None:
+        """Prompts that other weights have read."""
+        self.call(lambda: [batch.read.clear() for batch in self._batches.values()])
+
     def checksums(self) -> dict[str, str]:
         state = self.net.state_dict()
         return self.call(

@@ -89,6 +89,8 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
         if protocol.fault("refuse_weights"):
             raise Answer(400, {"success": False, "message": "no weights"})
         decoding.load(request.body["model_path"], request.body["weight_version"])
+        if request.body.get("flush_cache", True):
+            decoding.forget()
         spoil(protocol)
         return {"success": True, "message": ""}
 
@@ -112,6 +114,8 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
         if protocol.fault("refuse_weights"):
             raise Answer(400, {"success": False, "message": "no weights"})
         decoding.write(received(groups[body["group_name"]], body["names"], body["dtypes"], body["shapes"]))
+        if body.get("flush_cache", True):
+            decoding.forget()
         return {"success": True, "message": ""}
 
     def relabel(request: Request) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
         "POST /pause_generation": pause,
         "POST /continue_generation": resume,
         "POST /abort_request": abort,
-        "POST /flush_cache": lambda request: {},
+        "POST /flush_cache": lambda request: decoding.forget() or {},
         "POST /update_weights_from_disk": from_disk,
         "POST /init_weights_update_group": join,
         "POST /destroy_weights_update_group": leave,

@@ -130,7 +130,7 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
             "GET /is_paused": lambda request: {"is_paused": bool(decoding.paused)},
             "POST /abort_requests": abort,
             "POST /collective_rpc": collective_rpc,
-            "POST /reset_prefix_cache": lambda request: {},
+            "POST /reset_prefix_cache": lambda request: decoding.forget() or {},
             "POST /update_weight_version": relabel,
             "GET /weight_info": lambda request: {"weight_version": decoding.label},
             "POST /weight_checker": checker,
