@@ -82,8 +82,13 @@ class Dialect(Protocol):
 
     async def resume(self, api: ServerApi) -> None: ...
 
-    async def load(self, api: ServerApi, folder: str, label: str, timeout_s: float) -> None:
-        """Reads the Hugging Face folder into the running model, which is paused, and forgets cached prefixes."""
+    async def load(self, api: ServerApi, folder: str, timeout_s: float) -> None:
+        """Reads the Hugging Face folder into the running model, which is paused, and forgets cached prefixes; its
+        weights keep their label."""
+        ...
+
+    async def stamp(self, api: ServerApi, label: str) -> None:
+        """From now on its weights have this label. Every rank goes by it, so it comes after all else has gone well."""
         ...
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
@@ -95,7 +100,7 @@ class Dialect(Protocol):
         ...
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
-        """Meets rank 0 in a group: `host`, `port`, `world_size`, `name`, `backend`, and `unique_id` of a bare NCCL
+        """Meets rank 0 in a group: `host`, `port`, `world_size`, `backend`, and `unique_id` of a bare NCCL
         communicator (or None)."""
         ...
 
@@ -105,7 +110,7 @@ class Dialect(Protocol):
 
     async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
 
-    async def end_receiving(self, api: ServerApi, label: str, timeout_s: float) -> None: ...
+    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
 
     async def leave(self, api: ServerApi) -> None:
         """Out of the group."""
