@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from conf.schema import RunConfig
 
@@ -18,7 +19,9 @@ def servers_are_given(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"rl.engine={engine} draws for +stage=grpo alone: give rl.engine=native"
     if not urls:
         yield f"rl.engine={engine} has no server to ask: give rl.servers.urls=http://HOST:PORT"
-    for url, times in Counter(urls).items():
+    times_named = Counter(url.rstrip("/") for url in urls)
+    for url in dict.fromkeys(urls):
+        times = times_named.pop(url.rstrip("/"), 0)
         scheme, _, rest = url.partition("://")
         host = rest.rstrip("/")
         if "@" in url or "?" in url or "#" in url:
@@ -26,13 +29,22 @@ def servers_are_given(config: RunConfig, world_size: int) -> Iterator[str]:
                 "rl.servers.urls holds a name, a key or a query, which would be written down: keys go into"
                 " rl.servers.key_env"
             )
-        elif scheme not in ("http", "https") or not host or any(c.isspace() or not c.isprintable() for c in url):
+        elif scheme not in ("http", "https") or not _is_host(host.partition("/")[0]):
             yield f"rl.servers.urls={url} is no address: give http://HOST:PORT"
         elif "/" in host:
             alone = f"{scheme}://{host.partition('/')[0]}"
             yield f"rl.servers.urls={url} holds a path, and the paths are the protocol's: give {alone}"
         elif times > 1:
             yield f"rl.servers.urls names {url} {times} times: give it once"
+
+
+def _is_host(text: str) -> bool:
+    """HOST or HOST:PORT."""
+    try:
+        parts = urlsplit(f"//{text}")
+        return bool(parts.hostname) and parts.port != 0 and text.isprintable() and not any(map(str.isspace, text))
+    except ValueError:  # a port that is no number or too high, a bracket that does not close
+        return False
 
 
 def servers_draw(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -7,10 +7,12 @@ version that nobody has looked at is refused by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,6 +25,9 @@ from rl.rollout.server_api import Failed, ServerApi
 
 QUICK_S = 30.0  # that an answer may take which needs no decoding and no weights
 PROBE_TOKENS = 4
+MOST_LOGPROB = 1e-3  # rounding lifts a log-prob above 0
+# what an answer of another shape than was looked for raises while it is read
+ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, BadZipFile)
 ABORT = "abort"  # finish reason of what a server broke off; its tokens are good
 
 
@@ -61,7 +66,7 @@ class Dialect(Protocol):
         ...
 
     def read(self, answer: Mapping[str, Any], ids: Sequence[int], wanted: Wanted) -> Drawn:
-        """Raises LookupError, TypeError or ValueError where something is missing or odd."""
+        """Raises one of `ODD` where something is missing or odd."""
         ...
 
     async def probe(self, api: ServerApi, wanted: Wanted) -> None:
@@ -77,8 +82,13 @@ class Dialect(Protocol):
 
     async def resume(self, api: ServerApi) -> None: ...
 
-    async def load(self, api: ServerApi, folder: str, label: str, timeout_s: float) -> None:
-        """Reads the Hugging Face folder into the running model, which is paused, and forgets cached prefixes."""
+    async def load(self, api: ServerApi, folder: str, timeout_s: float) -> None:
+        """Reads the Hugging Face folder into the running model, which is paused, and forgets cached prefixes; its
+        weights keep their label."""
+        ...
+
+    async def stamp(self, api: ServerApi, label: str) -> None:
+        """From now on its weights have this label. Every rank goes by it, so it comes after all else has gone well."""
         ...
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
@@ -90,7 +100,7 @@ class Dialect(Protocol):
         ...
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
-        """Meets rank 0 in a group: `host`, `port`, `world_size`, `name`, `backend`, and `unique_id` of a bare NCCL
+        """Meets rank 0 in a group: `host`, `port`, `world_size`, `backend`, and `unique_id` of a bare NCCL
         communicator (or None)."""
         ...
 
@@ -100,7 +110,7 @@ class Dialect(Protocol):
 
     async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
 
-    async def end_receiving(self, api: ServerApi, label: str, timeout_s: float) -> None: ...
+    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
 
     async def leave(self, api: ServerApi) -> None:
         """Out of the group."""
@@ -149,6 +159,8 @@ def checked(drawn: Drawn, wanted: Wanted) -> Drawn:
         raise ValueError("no token")
     if len(found.logprobs) != size or len(drawn.versions) != size:
         raise ValueError(f"{size} tokens, {len(found.logprobs)} log-probs, {len(drawn.versions)} weight versions")
+    if not all(-math.inf < value <= MOST_LOGPROB for value in found.logprobs):  # false of nan
+        raise ValueError("a log-prob that is no number, or above 0")
     if not all(0 <= word < wanted.model.vocab_size for word in found.ids):
         raise ValueError("a word that the model does not have")
     if size and wanted.kept:
@@ -180,5 +192,5 @@ def read_answer(dialect: Dialect, answer: Mapping[str, Any], ids: Sequence[int],
     """`dialect.read`, checked; Failed where the answer is not what it must be."""
     try:
         return checked(dialect.read(answer, ids, wanted), wanted)
-    except (LookupError, TypeError, ValueError, EOFError) as error:
+    except ODD as error:
         raise Failed(f"{url}: an answer that cannot be read ({type(error).__name__}: {error})") from error

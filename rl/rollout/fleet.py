@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 from conf.errors import UserError
 from conf.schema import ServersConfig
-from rl.rollout.dialect import Dialect, Wanted
+from rl.rollout.dialect import ODD, Dialect, Wanted
 from rl.rollout.server_api import Failed, Gone, Refused, ServerApi
 
 LOOK_S = 30.0  # that a look may take
@@ -44,6 +44,7 @@ class Server:
         self.misses = self.load = 0  # looks missed in a row; requests of this rank's in work
         self.times_down = 0
         self.spoilt = False  # an update of it failed: whatever its weights are called, they are not to be trusted
+        self.said = ""  # the user was told of it, while it is DOWN
         self.doubted = False  # a request of it failed since the last look
         self.asked: set[asyncio.Task[dict[str, Any]]] = set()
         self._idle_s, self._since = 0.0, time.monotonic()
@@ -92,9 +93,10 @@ class Fleet:
     # Looking after them
 
     async def open(self) -> None:
-        """Begins to look, and returns when a server is there. UserError where one is started in a way that cannot do,
+        """Looks at all of them, and returns when one is there. UserError where one is started in a way that cannot do,
         ServersLost where none is there for too long."""
         self._seen_ready = time.monotonic()
+        await asyncio.gather(*(self.look(server) for server in self.servers))
         self._looking = [asyncio.create_task(self._look_after(server)) for server in self.servers]
         await self._until(lambda: any(server.state is not State.DOWN for server in self.servers))
         self.opened = True
@@ -158,9 +160,9 @@ class Fleet:
             await self.dialect.probe(server.api, self.wanted)
         except Refused as refusal:
             raise UserError(f"it refuses what this run asks for: {refusal}") from refusal
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except ODD as error:
             raise Failed(f"{server.url}: an answer that cannot be read ({type(error).__name__}: {error})") from error
 
     async def _bring_up(self, server: Server) -> None:
@@ -179,12 +181,16 @@ class Fleet:
             server.times_down += 1
             for task in server.asked:  # its host may be gone, and then no connection ever ends by itself
                 task.cancel()
-        if self.opened and before is not state and State.DOWN in (before, state):
-            self.say(f"rollout server {server.url} is {'there again' if before is State.DOWN else f'out: {fault}'}")
+        line = f"out: {fault}" if state is State.DOWN else "there again" if server.said else ""
+        if line and line != server.said:
+            self.say(f"rollout server {server.url} is {line}")
+        server.said = line if state is State.DOWN else ""
 
-    async def hold(self) -> list[Server]:
-        """Everyone who is there, for new weights: nobody looks at them until `free`."""
+    async def hold(self, failed: Collection[Server] = ()) -> list[Server]:
+        """Everyone who is there, for new weights: nobody looks at them until `free`. Those that `failed` are left out
+        where there are others."""
         held = [server for server in self.servers if server.state is not State.DOWN]
+        held = [server for server in held if server not in failed] or held
         for server in held:
             await server.lock.acquire()
             if not server.asked:  # else weights change in flight: what is in work goes on
@@ -233,12 +239,16 @@ class Fleet:
 
     # Asking them
 
-    async def take(self) -> Server:
-        """The READY server with the fewest requests of this rank's; `release` it."""
+    async def take(self, failed: Mapping[Server, int] | None = None) -> Server:
+        """The READY server with the fewest requests of this rank's; `release` it. `failed`: how often the request has
+        failed where; it goes where that is least, for one that fails at once has the fewest requests."""
+        failed = failed or {}
 
         def free() -> list[Server]:
-            room = [each for each in self.servers if each.load < self.settings.concurrent]
-            return [each for each in room if each.state is State.READY and not each.doubted]
+            ready = [each for each in self.servers if each.state is State.READY]
+            least = min((failed.get(each, 0) for each in ready), default=0)
+            room = [each for each in ready if each.load < self.settings.concurrent and not each.doubted]
+            return [each for each in room if failed.get(each, 0) == least]
 
         await self._until(lambda: bool(free()))
         server = min(free(), key=lambda each: (each.load, self.order[each]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Self
@@ -36,6 +37,8 @@ class Served:
         plain = Wanted(Sampling(), config.model, eos_id, rl.stop)
         self.plain = ServerEngine(self.fleet, self.loop, tokenizer, plain)
         folder = context.folder / "servers" if rl.servers.folder is None else Path(rl.servers.folder)
+        if rank == 0 and rl.servers.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)  # the version that a start that was killed left
         dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
         self.weights = WeightSync(self.fleet, self.loop, rl.servers, folder, context.folder / "tokenizer", dtype)
         self.sync_s = 0.0

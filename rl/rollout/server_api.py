@@ -79,7 +79,7 @@ class ServerApi:
         except TimeoutError as error:
             raise Failed(f"{where} gave no answer within {timeout_s:g} s") from error
         except httpx.ConnectError as error:
-            raise Gone(f"{where}: nobody listens there") from error
+            raise Gone(f"{where}: nobody listens there ({error})") from error
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             raise Failed(f"{where}: the connection failed ({type(error).__name__})") from error
         if answer.status_code == 200:

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -131,9 +132,10 @@ class ServerEngine:
         """One answer that may be used, from whoever has least to do."""
         fleet, settings = self.fleet, self.fleet.settings
         body = fleet.dialect.body(ids, seed, tokens, self.wanted)
-        failures, since = 0, time.monotonic()
+        failed: Counter[Server] = Counter()
+        put_off: float | None = None  # since when it meets nothing but servers that are paused or full
         while True:
-            server = await fleet.take()
+            server = await fleet.take(failed)
             try:
                 answer = await fleet.post(server, fleet.dialect.path, body, settings.request_s)
                 drawn = read_answer(fleet.dialect, answer, ids, self.wanted, server.url)
@@ -142,15 +144,17 @@ class ServerEngine:
             except Refused as refusal:
                 raise UserError(f"a rollout server refused a request: {refusal}") from refusal
             except Busy as failure:  # paused, for as long as weights may take to load
-                if time.monotonic() - since > settings.sync_s + settings.dead_s:
+                now = time.monotonic()
+                put_off = put_off or now
+                if now - put_off > settings.sync_s + settings.dead_s:
                     raise ServersLost(f"a request was put off for too long: {failure}") from failure
                 pause = 1
             except Failed as failure:
                 fleet.doubt(server)
-                failures += 1
-                if failures > settings.retries:
-                    raise ServersLost(f"a request failed {failures} times, at last so: {failure}") from failure
-                pause = failures
+                failed[server] += 1
+                pause, put_off = failed.total(), None
+                if pause > settings.retries:
+                    raise ServersLost(f"a request failed {pause} times, at last so: {failure}") from failure
             finally:
                 await fleet.release(server)
             self.asked_again += 1
@@ -198,6 +202,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, Sample]]) -> list[Sample]:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # else each other failure is shown as one never looked at
 
 
 def dialect_of(rl: RLConfig) -> Dialect:

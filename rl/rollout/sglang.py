@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from model.generate import Generation, Sampling
+from rl.rollout.broadcast import NAME
 from rl.rollout.dialect import PROBE_TOKENS, QUICK_S, Drawn, Wanted, experts_of, refuse_version, spans
 from rl.rollout.server_api import Failed, Refused, ServerApi
 
@@ -26,7 +27,6 @@ class Sglang:
 
     def __init__(self, treat_as: str | None = None) -> None:
         self.treat_as = treat_as
-        self._group = ""
 
     async def version(self, api: ServerApi) -> str:
         found = str((await _either(api, "/server_info", "/get_server_info")).get("version"))
@@ -115,9 +115,12 @@ class Sglang:
     async def resume(self, api: ServerApi) -> None:
         await api.post("/continue_generation", {}, QUICK_S)
 
-    async def load(self, api: ServerApi, folder: str, label: str, timeout_s: float) -> None:
-        body = {"model_path": folder, "weight_version": label, "flush_cache": True, "keep_pause": True}
+    async def load(self, api: ServerApi, folder: str, timeout_s: float) -> None:
+        body = {"model_path": folder, "flush_cache": True, "keep_pause": True}
         await _done(api, "/update_weights_from_disk", body, timeout_s)
+
+    async def stamp(self, api: ServerApi, label: str) -> None:
+        await _done(api, "/update_weight_version", {"new_version": label, "abort_all_requests": False}, QUICK_S)
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
         try:
@@ -133,13 +136,12 @@ class Sglang:
         return int(info.get("tp_size") or 1) * int(info.get("pp_size") or 1)
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
-        self._group = group["name"]
         body = {
             "master_address": group["host"],
             "master_port": group["port"],
             "rank_offset": rank_offset,
             "world_size": group["world_size"],
-            "group_name": group["name"],
+            "group_name": NAME,
             "backend": group["backend"],
         }
         await _done(api, "/init_weights_update_group", body, timeout_s)
@@ -152,17 +154,16 @@ class Sglang:
             "names": list(tensors),
             "dtypes": [dtype for dtype, _ in tensors.values()],
             "shapes": [shape for _, shape in tensors.values()],
-            "group_name": self._group,
+            "group_name": NAME,
             "flush_cache": False,
         }
         await _done(api, "/update_weights_from_distributed", body, timeout_s)
 
-    async def end_receiving(self, api: ServerApi, label: str, timeout_s: float) -> None:
+    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None:
         await api.post("/flush_cache", {}, QUICK_S)
-        await _done(api, "/update_weight_version", {"new_version": label, "abort_all_requests": False}, timeout_s)
 
     async def leave(self, api: ServerApi) -> None:
-        await api.post("/destroy_weights_update_group", {"group_name": self._group}, QUICK_S)
+        await api.post("/destroy_weights_update_group", {"group_name": NAME}, QUICK_S)
 
 
 async def _either(api: ServerApi, path: str, earlier: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from conf.errors import UserError
 from model.generate import Generation, Sampling
 from rl.rollout.dialect import PROBE_TOKENS, QUICK_S, Drawn, Wanted, experts_of, refuse_version, spans
-from rl.rollout.server_api import Refused, ServerApi
+from rl.rollout.server_api import Failed, Refused, ServerApi
 
 # from 0.28 on answers hold kept words, routed experts as .npy, and spans of weight versions
 KNOWN = (("0.28", "0.34"),)
@@ -101,10 +101,12 @@ class Vllm:
     async def resume(self, api: ServerApi) -> None:
         await api.post("/resume", None, QUICK_S)
 
-    async def load(self, api: ServerApi, folder: str, label: str, timeout_s: float) -> None:
+    async def load(self, api: ServerApi, folder: str, timeout_s: float) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}, "timeout": timeout_s}
         await api.post("/collective_rpc", body, timeout_s)
         await api.post("/reset_prefix_cache", None, QUICK_S)
+
+    async def stamp(self, api: ServerApi, label: str) -> None:
         await api.post("/update_weight_version", {"new_version": label}, QUICK_S)
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
@@ -116,7 +118,10 @@ class Vllm:
             raise
 
     async def world_size(self, api: ServerApi) -> int:
-        return int((await api.get("/get_world_size?include_dp=true", QUICK_S))["world_size"])
+        found = (await api.get("/get_world_size?include_dp=true", QUICK_S)).get("world_size")
+        if not isinstance(found, int):
+            raise Failed(f"{api.url}/get_world_size: an answer that cannot be read")
+        return found
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
         info: dict[str, Any] = {"rank_offset": rank_offset, "world_size": group["world_size"], "packed": False}
@@ -137,8 +142,8 @@ class Vllm:
         }
         await api.post("/update_weights", {"update_info": info}, timeout_s)
 
-    async def end_receiving(self, api: ServerApi, label: str, timeout_s: float) -> None:
-        await api.post("/finish_weight_update", {"weight_version": label}, timeout_s)
+    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None:
+        await api.post("/finish_weight_update", {}, timeout_s)
         await api.post("/reset_prefix_cache", None, QUICK_S)
 
     async def leave(self, api: ServerApi) -> None:

@@ -16,7 +16,7 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from conf.errors import UserError
 from conf.schema import ServersConfig
 from model import Transformer
 from model.hf_names import slots, stored_dtype
-from rl.rollout.broadcast import NAME, NcclGroup, TorchGroup, free_port
+from rl.rollout.broadcast import NcclGroup, TorchGroup, free_port
+from rl.rollout.dialect import QUICK_S
 from rl.rollout.fleet import Fleet, Server, ServersLost, State
 from rl.rollout.server_api import Failed, Refused
 from rl.tools.loop_thread import LoopThread
@@ -37,6 +38,7 @@ from train import distributed
 Read = Callable[[str, int | None], Tensor]  # our name, expert or None -> the whole tensor; all ranks call it
 ATTEMPTS = 3  # at a broadcast, each without the servers that failed in the one before
 JOIN_S = 120.0
+REFUSE_S = 0.5
 
 
 class WeightSync:
@@ -105,18 +107,21 @@ class WeightSync:
         async def load(server: Server, mode: str = "abort") -> None:
             """Where it fails the server stays paused; a look that finds it well resumes it."""
             await fleet.dialect.pause(server.api, mode, limit)
-            await fleet.dialect.load(server.api, folder, label, limit)
-            await fleet.dialect.resume(server.api)
+            await fleet.dialect.load(server.api, folder, limit)
 
         async def load_late(server: Server) -> None:
             await load(server)
             if self._sums is not None and await self._sums_of(server) != self._sums:
                 raise Failed(f"{server.url} read {folder} and holds other weights than the other servers")
+            await self.put_to_work(server, label)
 
         held = await fleet.hold()
+        fleet.load = None  # who comes meanwhile waits: it would get the version before
         fleet.expect(label, step)
         failures = await each(held, lambda server: load(server, mode))
         failures |= await self.compare([server for server in held if server not in failures])
+        well = [server for server in held if server not in failures]
+        failures |= await each(well, lambda server: self.put_to_work(server, label))
         fleet.load = load_late
         await fleet.free(held, failures)
         await fleet.until(State.READY)
@@ -124,8 +129,9 @@ class WeightSync:
     # By broadcast
 
     def _by_broadcast(self, net: Transformer, read: Read, label: str, step: int, mode: str) -> None:
+        failed: set[Server] = set()
         for attempt in range(ATTEMPTS):
-            sending = _Sending(self, label, step, mode) if self.leads else None
+            sending = _Sending(self, label, step, mode, failed) if self.leads else None
             for bucket in buckets(net, read, self.dtype, self.settings.bucket_mib << 20):
                 if sending is not None:
                     sending.send(bucket)
@@ -134,19 +140,21 @@ class WeightSync:
                 break
             if not isinstance(fault, Failed):
                 raise fault
+            if sending is not None:
+                failed |= set(sending.failures)
             if attempt + 1 == ATTEMPTS:
                 raise ServersLost(f"the weights of iteration {step} came to no server: {fault}")
         self._others_see(label, step)
 
-    def meet(self, held: list[Server]) -> TorchGroup | NcclGroup:
-        """The group with all processes of these servers, made anew where one is another than before."""
+    def meet(self, held: list[Server]) -> dict[Server, str]:
+        """Has a group with all processes of these servers, made anew where one is another than before -> those that
+        did not join, and why."""
         members = [(server, server.times_down) for server in held]
         if self._group is not None and members == self._members:
-            return self._group
-        if self._members:
-            self.part()
-            self._members = []
-            self.loop.wait(each(held, lambda server: self.fleet.dialect.leave(server.api)))  # who has none says so
+            return {}
+        self.part()
+        # also of a group that did not come about, or of a run before this one; who has none says so
+        self.loop.wait(each(held, lambda server: self.fleet.dialect.leave(server.api)))
         sizes = [self.loop.wait(self.fleet.dialect.world_size(server.api)) for server in held]
         bare = self.fleet.dialect.name == "vLLM" and distributed.device().type == "cuda"
         group: TorchGroup | NcclGroup | None = NcclGroup() if bare else None
@@ -154,22 +162,34 @@ class WeightSync:
             "host": self.settings.address or socket.gethostname(),
             "port": free_port(),
             "world_size": 1 + sum(sizes),
-            "name": NAME,
             "backend": "nccl" if distributed.device().type == "cuda" else "gloo",
             "unique_id": group.unique_id if isinstance(group, NcclGroup) else None,
         }
         joins = [
-            self.start(self.fleet.dialect.join(server.api, info, 1 + sum(sizes[:i]), JOIN_S))
+            self.start(self.fleet.dialect.join(server.api, info, 1 + sum(sizes[:i]), JOIN_S + QUICK_S))
             for i, server in enumerate(held)
         ]
-        if isinstance(group, NcclGroup):
-            group.meet(info["world_size"])
-        else:
-            group = TorchGroup("localhost", info["port"], 0, info["world_size"], info["backend"], JOIN_S)
+        wait(joins, REFUSE_S, FIRST_EXCEPTION)  # else the others wait in vain for one that refuses at once
+        failures = refusals(held, joins)
+        if not failures:
+            try:
+                if isinstance(group, NcclGroup):
+                    group.meet(info["world_size"])
+                else:
+                    group = TorchGroup("localhost", info["port"], 0, info["world_size"], info["backend"], JOIN_S)
+                self._group, self._members = group, members
+                wait(joins)
+            except RuntimeError:  # torch's own; a server that did not come may have said why
+                if not refusals(held, joins):
+                    raise
+            failures = refusals(held, joins)
         for join in joins:
-            join.result()
-        self._group, self._members = group, members
-        return group
+            join.cancel()
+        return failures
+
+    def broadcast(self, tensor: Tensor, check: Callable[[], None]) -> None:
+        assert self._group is not None
+        self._group.broadcast(tensor, check)
 
     def part(self) -> None:
         """Ends the group on this side."""
@@ -208,6 +228,10 @@ class WeightSync:
                 )
         return failures
 
+    async def put_to_work(self, server: Server, label: str) -> None:
+        await self.fleet.dialect.stamp(server.api, label)
+        await self.fleet.dialect.resume(server.api)
+
     async def _sums_of(self, server: Server) -> Any:
         return await self.fleet.dialect.checksum(server.api, self.settings.sync_s) if self.settings.checksum else None
 
@@ -230,24 +254,25 @@ class WeightSync:
 
 
 class _Sending:
-    """One broadcast, on rank 0. After a failure `send` does nothing: the other ranks still bring tensors."""
+    """One broadcast, on rank 0. After a failure `send` does nothing: the other ranks still bring tensors. `failed`:
+    servers that are left out where there are others."""
 
-    def __init__(self, sync: WeightSync, label: str, step: int, mode: str) -> None:
+    def __init__(self, sync: WeightSync, label: str, step: int, mode: str, failed: set[Server]) -> None:
         self.sync, self.label, self.fleet, self.limit = sync, label, sync.fleet, sync.settings.sync_s
         self.held: list[Server] = []
         self.failures: dict[Server, str] = {}
         self.fault: Exception | None = None
         dialect = self.fleet.dialect
         with self._faults():
-            self.held = sync.loop.wait(self._hold(step))
+            self.held = sync.loop.wait(self._hold(step, failed))
             self._of_all(lambda server: dialect.pause(server.api, mode, self.limit))
-            self.group = sync.meet(self.held)
+            self._refuse(sync.meet(self.held))
             self._of_all(lambda server: dialect.begin_receiving(server.api, self.limit))
 
-    async def _hold(self, step: int) -> list[Server]:
+    async def _hold(self, step: int, failed: set[Server]) -> list[Server]:
         self.fleet.load = None
         await self.fleet.until(State.FOUND, State.READY)
-        held = await self.fleet.hold()
+        held = await self.fleet.hold(failed)
         self.fleet.expect(self.label, step)
         return held
 
@@ -263,7 +288,10 @@ class _Sending:
 
     def _of_all(self, ask: Callable[[Server], Awaitable[None]]) -> None:
         """Raises Failed where one of them fails: a group with a gap is none."""
-        self.failures |= self.sync.loop.wait(each(self.held, ask))
+        self._refuse(self.sync.loop.wait(each(self.held, ask)))
+
+    def _refuse(self, failures: dict[Server, str]) -> None:
+        self.failures |= failures
         if self.failures:
             raise Failed("; ".join(self.failures.values()))
 
@@ -272,38 +300,49 @@ class _Sending:
             return
         told = {name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in bucket.items()}
         start, dialect = self.sync.start, self.fleet.dialect
-        answers = {server: start(dialect.receive(server.api, told, self.limit)) for server in self.held}
+        answers = [start(dialect.receive(server.api, told, self.limit)) for server in self.held]
 
         def check() -> None:
-            for answer in answers.values():
+            for answer in answers:
                 if answer.done():
                     answer.result()  # raises where a server has given up: the others wait for it in vain
 
         with self._faults():
             for tensor in bucket.values():
-                self.group.broadcast(tensor, check)
+                self.sync.broadcast(tensor, check)
         if self.fault is not None:
-            self.sync.part()  # so that the others see that nothing more comes
-        for server, answer in answers.items():
-            try:
-                answer.result()
-            except (Failed, Refused) as failure:
-                self.failures[server] = str(failure)
-                self.fault = self.fault or failure
+            self.failures |= refusals(self.held, answers)  # the others fail because of these, and behind them
+            self.sync.part()  # so that they see that nothing more comes
+        wait(answers)
+        with self._faults():
+            if self.fault is None:
+                self._refuse(refusals(self.held, answers))
 
     def finish(self) -> Exception | None:
         """None where every server that was there has all of it; else why not, and none of them may be asked."""
-        wait, dialect = self.sync.loop.wait, self.fleet.dialect
+        dialect = self.fleet.dialect
         if self.fault is None:
             with self._faults():
-                self._of_all(lambda server: dialect.end_receiving(server.api, self.label, self.limit))
-                self.failures |= wait(self.sync.compare(self.held))
-                self._of_all(lambda server: dialect.resume(server.api))
+                self._of_all(lambda server: dialect.end_receiving(server.api, self.limit))
+                self._refuse(self.sync.loop.wait(self.sync.compare(self.held)))
+                self._of_all(lambda server: self.sync.put_to_work(server, self.label))
         failures = self.failures
         if self.fault is not None:
             failures = {server: failures.get(server, f"{server.url}: {self.fault}") for server in self.held}
-        wait(self.fleet.free(self.held, failures))
+        self.sync.loop.wait(self.fleet.free(self.held, failures))
         return self.fault
+
+
+def refusals(servers: list[Server], asked: list[Future[Any]]) -> dict[Server, str]:
+    """What went wrong with those that have answered, one request each."""
+    failures: dict[Server, str] = {}
+    for server, answer in zip(servers, asked, strict=True):
+        fault = answer.exception() if answer.done() else None
+        if isinstance(fault, (Failed, Refused)):
+            failures[server] = str(fault)
+        elif fault is not None:
+            raise fault
+    return failures
 
 
 async def each(servers: list[Server], ask: Callable[[Server], Awaitable[None]]) -> dict[Server, str]:

@@ -29,6 +29,22 @@ def found(argv: str, stage: str = "grpo") -> list[str]:
             "rl.servers.urls names http://a:1 2 times: give it once",
         ),
         (
+            "rl.engine=vllm rl.servers.urls=http://h:80a",
+            "rl.servers.urls=http://h:80a is no address: give http://HOST:PORT",
+        ),
+        (
+            "rl.engine=vllm rl.servers.urls=http://h:80000",
+            "rl.servers.urls=http://h:80000 is no address: give http://HOST:PORT",
+        ),
+        (
+            "rl.engine=vllm rl.servers.urls=http://:80",
+            "rl.servers.urls=http://:80 is no address: give http://HOST:PORT",
+        ),
+        (
+            "rl.engine=vllm rl.servers.urls=http://a:1,http://a:1/",
+            "rl.servers.urls names http://a:1 2 times: give it once",
+        ),
+        (
             "rl.engine=vllm rl.servers.urls=http://h:8000/v1",
             "rl.servers.urls=http://h:8000/v1 holds a path, and the paths are the protocol's: give http://h:8000",
         ),

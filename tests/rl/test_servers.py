@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -81,13 +81,19 @@ def served(
 
 @contextmanager
 def asked(
-    protocol: str, urls: list[str], base: str, rl: RLConfig = RL, settings: ServersConfig = QUICK, **more: Any
+    protocol: str,
+    urls: list[str],
+    base: str,
+    rl: RLConfig = RL,
+    settings: ServersConfig = QUICK,
+    say: Callable[[str], object] = lambda line: None,
+    **more: Any,
 ) -> Iterator[ServerEngine]:
     """An engine over servers that hold the weights `default` as iteration 0."""
     tokenizer, loop = tokenizer_of(base), LoopThread("servers")
     rl = replace(rl, engine=protocol, servers=replace(settings, urls=tuple(urls)))
     wanted = wanted_of(rl, decoding_of(base, 0).net.config, tokenizer.eos_token_id)
-    fleet = Fleet(dialect_of(rl), rl.servers, wanted, "", leader=True)
+    fleet = Fleet(dialect_of(rl), rl.servers, wanted, "", leader=True, say=say)
     try:
         loop.wait(fleet.open())
         fleet.expect("default", 0)
@@ -157,6 +163,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "drop": {},
     "half": {},
     "garbled": {},
+    "odd": {},
+    "nan": {},
     "other_weights": {},
     "slow": {"seconds": 1.0},
 }
@@ -171,6 +179,26 @@ def test_a_fault_costs_time_and_no_sample(kind: str, protocol: str, base: str):
         mine = engine.generate(REQUESTS)
     assert engine.asked_again >= 3
     assert_same(mine, native(base))
+
+
+@both
+def test_one_that_fails_at_once_does_not_draw_everything_to_itself(protocol: str, base: str):
+    """It has the fewest requests all the time."""
+    with (
+        served(protocol, base, 2) as servers,
+        asked(protocol, [s.url for s in servers], base, settings=replace(QUICK, retries=2)) as engine,
+    ):
+        servers[0].fault("broken", times=1000)
+        servers[1].fault("slow", times=1000, seconds=1.0)
+        assert_same(engine.generate(REQUESTS), native(base))
+
+
+def test_how_long_a_request_waited_for_its_turn_does_not_count_as_put_off(base: str):
+    settings = replace(QUICK, concurrent=1, sync_s=0.3, dead_s=0.3)
+    with served("vllm", base) as servers, asked("vllm", [servers[0].url], base, settings=settings) as engine:
+        servers[0].fault("slow", seconds=1.0)
+        servers[0].fault("busy")
+        assert_same(engine.generate(REQUESTS), native(base))
 
 
 @both
@@ -215,6 +243,19 @@ def test_a_flag_that_is_missing_is_named(protocol: str, flag: str, base: str):
             with asked(protocol, [servers[0].url], base, rl):
                 pass
     assert servers[0].url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_each_server_is_looked_at_before_the_run_begins(base: str):
+    with served("vllm", base) as good, served("vllm", base, missing=("return_sampling_mask",)) as (late,):
+        late.fault("slow", seconds=1.0)
+        with pytest.raises(UserError, match=f"{late.url} keeps back .*--return-sampling-mask"):
+            with asked("vllm", [good[0].url, late.url], base):
+                pass
+    said: list[str] = []
+    with served("vllm", base) as servers:
+        with asked("vllm", ["http://127.0.0.1:9", servers[0].url], base, say=said.append) as engine:
+            engine.generate(REQUESTS)
+    assert len(said) == 1 and "http://127.0.0.1:9 is out: " in said[0] and "nobody listens" in said[0]
 
 
 @pytest.mark.parametrize(

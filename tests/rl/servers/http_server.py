@@ -7,6 +7,8 @@ POST /fault {"kind": K, "times": N, ...}   the next N requests for tokens go wro
     drop             the connection ends without an answer
     half             the answer breaks off in its middle
     garbled          the answer is no JSON
+    odd              it is, of another shape
+    nan              its log-probs are no numbers
     other_weights    what is drawn is stamped with a label that nobody gave
     die              the process ends (a server of its own)
 and of weights: refuse_weights (500), spoil_weights (they are read, and then changed)
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import socket
 import threading
@@ -82,7 +85,7 @@ class Protocol:
         return None
 
 
-OF_TOKENS = ("slow", "busy", "broken", "drop", "half", "garbled", "die")
+OF_TOKENS = ("slow", "busy", "broken", "drop", "half", "garbled", "odd", "nan", "die")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -146,6 +149,10 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         if kind == "garbled":
             body = b"{" + body
+        elif kind == "odd":
+            body = b'{"choices": [{"token_ids": [1], "logprobs": [1]}], "output_ids": [1], "meta_info": [1]}'
+        elif kind == "nan":
+            body = re.sub(rb'(logprobs?": \[?)-?\d[\d.e-]*', rb"\1NaN", body)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

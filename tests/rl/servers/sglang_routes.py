@@ -88,7 +88,7 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
     def from_disk(request: Request) -> dict[str, Any]:
         if protocol.fault("refuse_weights"):
             raise Answer(400, {"success": False, "message": "no weights"})
-        decoding.load(request.body["model_path"], request.body["weight_version"])
+        decoding.load(request.body["model_path"], request.body.get("weight_version") or decoding.label)
         if request.body.get("flush_cache", True):
             decoding.forget()
         spoil(protocol)
@@ -118,9 +118,13 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
             decoding.forget()
         return {"success": True, "message": ""}
 
+    def flush(request: Request) -> dict[str, Any]:
+        decoding.forget()
+        spoil(protocol)  # what a broadcast brought
+        return {}
+
     def relabel(request: Request) -> dict[str, Any]:
         decoding.relabel(request.body["new_version"])
-        spoil(protocol)
         return {"success": True, "message": "", "new_version": decoding.label}
 
     def checker(request: Request) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
         "POST /pause_generation": pause,
         "POST /continue_generation": resume,
         "POST /abort_request": abort,
-        "POST /flush_cache": lambda request: decoding.forget() or {},
+        "POST /flush_cache": flush,
         "POST /update_weights_from_disk": from_disk,
         "POST /init_weights_update_group": join,
         "POST /destroy_weights_update_group": leave,

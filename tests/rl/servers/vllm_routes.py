@@ -114,7 +114,8 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
         return {"message": "Weights updated"}
 
     def finish(request: Request) -> dict[str, Any]:
-        decoding.relabel(request.body["weight_version"])
+        if request.body.get("weight_version"):
+            decoding.relabel(request.body["weight_version"])
         spoil(protocol)
         return {"message": "Weight update finished"}
 
