@@ -63,6 +63,9 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     for run in chosen:
         if run.start is not None and run.start not in made and not finished(folders[run.start]):
             raise UserError(f"--only {run.step}: it starts from {run.start}, which has not finished: run that first")
+        for gate in run.gates:
+            if gate.of not in made and not finished(folders[gate.of]):
+                raise UserError(f"--only {run.step}: its gate judges {gate.of}, which has not finished: run that first")
     return chosen
 
 

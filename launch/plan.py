@@ -232,7 +232,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--search", action="store_true")
-    parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--top", default="10")
     parser.add_argument("--as-is", action="store_true")
     parser.add_argument("--hidden", type=share, default=0.0)
     parser.add_argument("--out", type=Path, default=Path("runs/plan.json"))
@@ -240,6 +240,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     odd = [word for word in settings if word.startswith("-")]
     if odd:
         raise UserError(f"{odd[0]} is no option: valid: --search, --top, --as-is, --hidden, --out")
+    options.top = whole_number("--top", options.top)
     return options, settings
 
 
@@ -249,7 +250,13 @@ def run(argv: Sequence[str]) -> int:
     found, ranked = answer(question, options.top if options.search else 0)
     if found is None:
         job = job_of(question)
-        job, memory = leanest(job, question.step_sequences, question.held)
+        least = leanest(job, question.step_sequences, question.held)
+        if least is None:
+            raise UserError(
+                f"{question.step_sequences} sequences of {job.seq_len} tokens a step are too few for {job.world} GPUs:"
+                " give fewer (gpus=N), or train.micro_batches of each replica"
+            )
+        job, memory = least
         raise UserError(
             f"no layout fits: the leanest, {Found(job, memory, predict_step(job, question.cluster)).settings}, takes"
             f" {memory.total / 1e9:.0f} GB of {question.cluster.gpu.memory_gb:g}: give more GPUs or a shorter length"

@@ -164,6 +164,11 @@ def check(folder: Path, load: str = "auto") -> Findings:
 
     raw = load_config_json(folder)
     config = parse_config(raw, str(folder / "config.json"))
+    if raw["model_type"] != FIXED["model_type"]:
+        raise UserError(
+            f"{folder}/config.json: model_type={raw['model_type']} is a dense checkpoint, which has no indexer: give an"
+            " export of a run"
+        )
     files = Checkpoint(folder)
     there = files.entries | files.scales
     kinds = Counter(entry.dtype for entry in files.entries.values())

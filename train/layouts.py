@@ -64,7 +64,7 @@ def candidates(job: Job, step_sequences: int, held: Mapping[str, Any]) -> Iterat
                 if job.ranks % ep or (ep > 1 and zero == 0):
                     continue
                 for offload in places:
-                    if offload != "none" and zero == 0:
+                    if offload != "none" and zero == 0 or job.parallel.offload_parameters and zero < 3:
                         continue
                     for checkpointing in again:
                         parallel = replace(job.parallel, zero=zero, ep=ep, cp=cp, offload=offload)
@@ -85,7 +85,7 @@ def search(
     return plain or fits
 
 
-def leanest(job: Job, step_sequences: int, held: Mapping[str, Any]) -> tuple[Job, Memory]:
-    """What takes the least memory, for those whom nothing fits."""
+def leanest(job: Job, step_sequences: int, held: Mapping[str, Any]) -> tuple[Job, Memory] | None:
+    """What takes the least memory, for those whom nothing fits; None where no layout takes so few sequences a step."""
     found = [(tried, predict(tried)) for tried in candidates(job, step_sequences, held)]
-    return min(found, key=lambda pair: pair[1].total)
+    return min(found, key=lambda pair: pair[1].total, default=None)

@@ -5,7 +5,8 @@ Parts of a micro-batch follow one another. What this engine hides: ZeRO-3 gather
 long as the computing lasts. What it does not: all-to-alls, context parallelism's gathers, and reductions wait where
 they are called (`overlap_comm` is off). `hidden`, a share of that rest, asks what another engine could reach.
 
-Left out, so that a real step is longer: imbalance of experts, stragglers, data loading, checkpoints, launches.
+Left out, so that a real step is longer: imbalance of experts, stragglers, data loading, checkpoints, launches,
+the way of offloaded states to CPU memory and back and AdamW's step there.
 """
 
 from __future__ import annotations

@@ -308,6 +308,15 @@ def test_only_lets_nothing_else_go_on(faked: Path, capsys: pytest.CaptureFixture
     assert "; without --only warmup would go on" in capsys.readouterr().err
 
 
+def test_only_wants_what_its_gate_judges(faked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = stages(rl=[{"parity": PARITY}])
+    assert run(faked, listed, "--only", "base", "--only", "warmup", "--only", "adapted") == 0
+    assert run(faked, listed, "--only", "rl") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "--only rl: its gate judges adapted_eval, which has not finished: run that first"
+    assert run(faked, listed, "--only", "rl", "--only", "adapted_eval") == 0, "both in one command"
+
+
 def test_more_steps_in_the_recipe_win_over_those_of_a_gate(faked: Path) -> None:
     listed = stages(adapted=[{"settled": SETTLED}])
     assert run(faked, listed, "--only", "base", "--only", "warmup") == 0

@@ -82,6 +82,9 @@ def test_rollouts_of_a_small_policy_are_its_own(tmp_path: Path) -> None:
         (("cluster=h100",), "no stage is given"),
         ((*V3_2, "--serch"), "--serch is no option"),
         ((*V3_2, "--hidden", "2"), "must be within [0, 1]"),
+        ((*V3_2, *LAYOUT, "--search", "--top", "0"), "--top=0 must be a whole number >= 1"),
+        ((*V3_2, "--search", "--top", "-1"), "--top=-1 must be a whole number >= 1"),
+        (("+stage=dense_warmup", "cluster=h800_2048", "data.seq_len=1000"), "16 sequences of 1000 tokens a step"),
         ((*V3_2[:2], "cluster=h800", "train.activation_checkpointing=true"), "no layout fits: the leanest"),
     ],
 )

@@ -143,6 +143,15 @@ def test_what_does_not_fit_into_memory_is_said_to_be_left_out(
     assert "load          left out, two models in fp32 take 0 GB of 0 free" in capsys.readouterr().out
 
 
+def test_a_dense_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = exported(tmp_path) / "config.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("index_")}
+    path.write_text(json.dumps(raw | {"model_type": "deepseek_v3"}))
+    assert main([str(tmp_path), "load=no"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model_type=deepseek_v3 is a dense checkpoint" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -29,7 +29,7 @@ def h800() -> Cluster:
     return load_cluster("h800_2048")
 
 
-def adapt(model: ModelConfig, world: int = 2048, **parallel: int) -> Job:
+def adapt(model: ModelConfig, world: int = 2048, **parallel: int | str) -> Job:
     given = ParallelConfig(**{"zero": 3, "ep": 64, "cp": 32} | parallel)  # type: ignore[arg-type]
     return Job(model, STAGES["sparse_adapt"], given, world, 131072, "bf16", 8, True, True)
 
@@ -102,7 +102,7 @@ def test_offload_where_nothing_fits_without(v3_2: ModelConfig, h800: Cluster) ->
     assert search(adapt(v3_2), replace(h800, gpu=replace(h800.gpu, memory_gb=30.0)), 480, held) == []
     found = search(adapt(v3_2), tight, 480, held)
     assert found and all(one.job.parallel.offload == "cpu" for one in found)
-    lean, memory = leanest(adapt(v3_2), 480, held)
+    lean, memory = leanest(adapt(v3_2), 480, held) or pytest.fail("there are layouts")
     assert lean.parallel.offload == "cpu" and memory.total > 30e9
 
 
@@ -113,6 +113,9 @@ def test_layouts_are_those_that_the_stage_takes(v3_2: ModelConfig) -> None:
         parallel = job.parallel
         assert job.world % parallel.ep == 0 == job.world % parallel.cp and 131072 % (2 * parallel.cp) == 0
         assert not (parallel.zero == 0 and parallel.ep > 1)
+    cpu = adapt(v3_2, offload="cpu", offload_parameters=True)
+    assert {one.parallel.zero for one in candidates(cpu, 480, {"offload": "cpu"})} == {3}
+    assert leanest(replace(tried[0], seq_len=1000), 16, {}) is None, "2,048 processes cannot share so short rows"
     assert {job.checkpointing for job in candidates(replace(tried[0], stage=STAGES["dense_warmup"]), 16, {})} == {False}
 
 
