@@ -171,7 +171,7 @@ def answer(question: Question, wanted: int) -> tuple[Found | None, list[Found]]:
             question = replace(question, overrides=question.overrides | {"parallel.zero"})
             question = replace(question, config=replace(question.config, parallel=replace(job.parallel, zero=1)))
         ranked = search(job, question.cluster, question.step_sequences, question.held, question.hidden)
-        if question.free:
+        if question.free or ranked:
             return (ranked[0] if ranked else None), ranked
     if not question.as_is and "train.micro_batches" not in question.overrides:
         sequences = max(1, -(-question.step_sequences // job.replicas))

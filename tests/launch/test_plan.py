@@ -42,6 +42,12 @@ def test_a_search_over_what_is_open(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "layouts fit 8 x 80 GB" in capsys.readouterr().out
 
 
+def test_a_search_plans_the_best_of_what_was_left_open(tmp_path: Path) -> None:
+    status, found = plan(tmp_path, *V3_2, "parallel.pp=16", "--search")
+    assert status == 0 and found["fits"] and found["settings"] == found["ranked"][0]["settings"]
+    assert "parallel.pp=16" in found["settings"] and "parallel.ep=1 " not in found["settings"]
+
+
 def test_as_it_is_fills_in_nothing(tmp_path: Path) -> None:
     status, found = plan(tmp_path, "+stage=pretrain", "cluster=laptop", "--as-is")
     assert status == 0 and found["filled"] == [] and found["seq_len"] == 512 and found["precision"] == "fp32"
