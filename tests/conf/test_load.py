@@ -120,7 +120,7 @@ def test_environment_and_other_keys_can_be_interpolated(monkeypatch: pytest.Monk
         ("foo.bar=1", ["unknown key foo.bar", "valid: output_dir"]),
         ("model.rope=2", ["it is a section", "model.rope.theta"]),
         ("model=smal", ["model=smal", "did you mean small?"]),
-        ("model=llama", ["valid: deepseek_v2_lite, deepseek_v3_2, small, tiny"]),
+        ("model=llama", ["valid: deepseek_v2_lite, deepseek_v3_2, serving_smoke, small, tiny"]),
         ("precision=fp16", ["did you mean"]),
         ("rl=special", ["did you mean speciale?"]),
         ("train.steps=abc", ["train.steps='abc'", "whole number"]),
