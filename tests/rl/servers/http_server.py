@@ -181,6 +181,22 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
+    def server_activate(self) -> None:
+        self.connections: list[socket.socket] = []
+        super().server_activate()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        """As where its process ends: open connections end too."""
+        super().server_close()
+        for connection in self.connections:
+            with suppress(OSError):  # it has ended already
+                connection.shutdown(socket.SHUT_RDWR)
+
 
 class HttpServer:
     """A protocol at `url`, until `close`; the decoding behind it goes on."""
