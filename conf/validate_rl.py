@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from conf.address import holds_secret, is_host
 from conf.errors import nearest
 from conf.schema import ENVIRONMENT_LEVELS, RunConfig
 
@@ -189,9 +190,9 @@ def judge_url_is_safe(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     scheme, _, rest = url.partition("://")
     host = rest.partition("/")[0]
-    if "@" in host or "?" in url or "#" in url:
+    if holds_secret(url):
         yield "rl.judge_url holds a name, a key or a query, which would be written down: keys go into rl.judge_key_env"
-    elif scheme not in ("http", "https") or not host or any(c.isspace() or not c.isprintable() for c in url):
+    elif scheme not in ("http", "https") or not is_host(host) or any(c.isspace() or not c.isprintable() for c in url):
         yield f"rl.judge_url={url} is no address: give http://HOST:PORT/v1 or https://HOST/v1"
     elif url.rstrip("/").endswith("/chat/completions"):
         base = url.rstrip("/").removesuffix("/chat/completions")

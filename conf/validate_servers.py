@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
+from conf.address import holds_secret, is_host
 from conf.schema import RunConfig
 
 
@@ -24,27 +24,18 @@ def servers_are_given(config: RunConfig, world_size: int) -> Iterator[str]:
         times = times_named.pop(url.rstrip("/"), 0)
         scheme, _, rest = url.partition("://")
         host = rest.rstrip("/")
-        if "@" in url or "?" in url or "#" in url:
+        if holds_secret(url):
             yield (
                 "rl.servers.urls holds a name, a key or a query, which would be written down: keys go into"
                 " rl.servers.key_env"
             )
-        elif scheme not in ("http", "https") or not _is_host(host.partition("/")[0]):
+        elif scheme not in ("http", "https") or not is_host(host.partition("/")[0]):
             yield f"rl.servers.urls={url} is no address: give http://HOST:PORT"
         elif "/" in host:
             alone = f"{scheme}://{host.partition('/')[0]}"
             yield f"rl.servers.urls={url} holds a path, and the paths are the protocol's: give {alone}"
         elif times > 1:
             yield f"rl.servers.urls names {url} {times} times: give it once"
-
-
-def _is_host(text: str) -> bool:
-    """HOST or HOST:PORT."""
-    try:
-        parts = urlsplit(f"//{text}")
-        return bool(parts.hostname) and parts.port != 0 and text.isprintable() and not any(map(str.isspace, text))
-    except ValueError:  # a port that is no number or too high, a bracket that does not close
-        return False
 
 
 def servers_draw(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -223,6 +223,10 @@ def test_defaults_keep_every_rule(stage: str, world_size: int) -> None:
             "rl.judge_url=https://h/v1?key=secret",
             "rl.judge_url holds a name, a key or a query, which would be written down: keys go into rl.judge_key_env",
         ),
+        (
+            "rl.judge_url=http://h:80000/v1",
+            "rl.judge_url=http://h:80000/v1 is no address: give http://HOST:PORT/v1 or https://HOST/v1",
+        ),
         ("rl.judge_url=h:8000/v1", "rl.judge_url=h:8000/v1 is no address: give http://HOST:PORT/v1 or https://HOST/v1"),
         (
             "rl.judge_url=file:///etc/passwd",
