@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from conf.errors import UserError
 from conf.schema import RLConfig
+from rl.keys import read_key
 from rl.rewards.ledger import Ledger
 from rl.rewards.processes import WorkerPool
 
@@ -54,7 +53,7 @@ class JudgeClient:
 
     def __init__(self, rl: RLConfig, folder: Path, rank: int, world: int) -> None:
         assert rl.judge_url is not None and rl.judge_model is not None, "conf.validate lets no such run start"
-        _check_key(rl.judge_key_env)
+        read_key("rl.judge_key_env", rl.judge_key_env, "an endpoint")
         self.rl, self.url, self.model = rl, rl.judge_url.rstrip("/"), rl.judge_model
         self.ledger = Ledger(folder / f"judge.rank_{rank}.jsonl")
         budget = rl.judge_budget
@@ -131,20 +130,6 @@ class JudgeClient:
 
     def _key(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.model, question.prompt]).encode()).hexdigest()
-
-
-def _check_key(variable: str | None) -> None:
-    """The message never holds the value."""
-    if variable is None:
-        return
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            f"rl.judge_key_env={variable} names a variable that is not set: export {variable}, or give"
-            " rl.judge_key_env=null for an endpoint without keys"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"rl.judge_key_env={variable} names a variable that holds no key: it has unprintable letters")
 
 
 def open_judge(rl: RLConfig, folder: Path, rank: int, world: int) -> AbstractContextManager[JudgeClient | None]:

@@ -11,9 +11,9 @@ import torch
 
 from model import Transformer
 from model.generate import Sampling
+from rl.keys import read_key
 from rl.rollout.dialect import Wanted
 from rl.rollout.fleet import Fleet, State
-from rl.rollout.server_api import server_key
 from rl.rollout.servers import ServerEngine, dialect_of, wanted_of
 from rl.rollout.weight_sync import WeightSync
 from rl.tools.loop_thread import LoopThread
@@ -29,7 +29,8 @@ class Served:
     def __init__(self, context: RunContext) -> None:
         config, rl, tokenizer = context.config, context.config.rl, context.tokenizer()
         eos_id = tokenizer.eos_token_id
-        wanted, key, rank = wanted_of(rl, config.model, eos_id), server_key(rl.servers.key_env), distributed.rank()
+        wanted, rank = wanted_of(rl, config.model, eos_id), distributed.rank()
+        key = read_key("rl.servers.key_env", rl.servers.key_env, "servers")
         self.loop = LoopThread("servers")
         self.fleet = Fleet(dialect_of(rl), rl.servers, wanted, key, rank == 0, rank, context.say)
         self.engine = ServerEngine(self.fleet, self.loop, tokenizer, wanted, exact=not rl.max_staleness)

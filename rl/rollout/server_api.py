@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
 from collections.abc import Mapping
 from typing import Any
 
 import httpx
-
-from conf.errors import UserError
 
 REASON_CHARS = 300  # of a server's own words in a message
 
@@ -109,16 +106,3 @@ def _reason(content: bytes) -> str:
     """What the server says of it, as the end of a line."""
     text = " ".join(content[: 4 * REASON_CHARS].decode(errors="replace").split())
     return f" {text[:REASON_CHARS]}" if text else ""
-
-
-def server_key(variable: str | None) -> str:
-    """The key in that environment variable; UserError where there is none. The message never holds the value."""
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not (key and key.isascii() and key.isprintable()):
-        raise UserError(
-            f"rl.servers.key_env={variable} names a variable that holds no key: export {variable}, or give"
-            " rl.servers.key_env=null for servers without keys"
-        )
-    return key

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
 import re
 import ssl
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from conf.errors import UserError
+from rl.keys import read_key
 from rl.tools.search import Document, Hit
 from rl.tools.tool import ToolError
 
@@ -40,7 +40,7 @@ class HttpSearch:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"rl.tools.search_url={url} is no http(s) address: give e.g. http://127.0.0.1:9000/search")
         self.url, self.timeout_s, self.by_get = url, timeout_s, "{query}" in url
-        self._key = "" if key_env is None else _key(key_env)
+        self._key = read_key("rl.tools.search_key_env", key_env, "an endpoint")
 
     async def find(self, query: str, num_results: int) -> list[Hit]:
         if self.by_get:
@@ -114,19 +114,6 @@ class HttpSearch:
 @functools.cache  # made once: it takes longer than a request
 def _ssl_context() -> ssl.SSLContext:
     return ssl.create_default_context()
-
-
-def _key(variable: str) -> str:
-    """The message never holds the value."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            f"rl.tools.search_key_env={variable} names a variable that is not set: export {variable}, or give"
-            " rl.tools.search_key_env=null for an endpoint without keys"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"rl.tools.search_key_env={variable} names a variable that holds no key: unprintable letters")
-    return key
 
 
 def _field(row: Mapping[str, Any], name: str) -> str:
