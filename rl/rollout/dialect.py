@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -21,13 +21,14 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import ModelConfig
 from model.generate import Generation, Sampling
-from rl.rollout.server_api import Failed, ServerApi
+from rl.rollout.server_api import Failed, Refused, ServerApi
 
 QUICK_S = 30.0  # that an answer may take which needs no decoding and no weights
 PROBE_TOKENS = 4
 MOST_LOGPROB = 1e-3  # rounding lifts a log-prob above 0
 # what an answer of another shape than was looked for raises while it is read
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, BadZipFile)
+NO_ROUTE = (404, 405, 501)
 ABORT = "abort"  # finish reason of what a server broke off; its tokens are good
 
 
@@ -193,4 +194,24 @@ def read_answer(dialect: Dialect, answer: Mapping[str, Any], ids: Sequence[int],
     try:
         return checked(dialect.read(answer, ids, wanted), wanted)
     except ODD as error:
-        raise Failed(f"{url}: an answer that cannot be read ({type(error).__name__}: {error})") from error
+        raise unreadable(url, error) from error
+
+
+def unreadable(url: str, error: Exception) -> Failed:
+    return Failed(f"{url}: an answer that cannot be read ({type(error).__name__}: {error})")
+
+
+def refuse_missing(url: str, flags: Sequence[str]) -> None:
+    """UserError where a server lacks some."""
+    if flags:
+        raise UserError(f"{url} keeps back what the trainer repeats: start it with {' '.join(flags)}")
+
+
+async def unless_refused(asked: Awaitable[dict[str, Any]], statuses: Collection[int]) -> dict[str, Any] | None:
+    """The answer; None where a server says by one of these that it has no such route."""
+    try:
+        return await asked
+    except Refused as refusal:
+        if refusal.status not in statuses:
+            raise
+        return None

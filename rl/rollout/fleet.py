@@ -19,7 +19,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import ServersConfig
-from rl.rollout.dialect import ODD, Dialect, Wanted
+from rl.rollout.dialect import ODD, Dialect, Wanted, unreadable
 from rl.rollout.server_api import Failed, Gone, Refused, ServerApi
 
 LOOK_S = 30.0  # that a look may take
@@ -163,7 +163,7 @@ class Fleet:
         except UserError:
             raise
         except ODD as error:
-            raise Failed(f"{server.url}: an answer that cannot be read ({type(error).__name__}: {error})") from error
+            raise unreadable(server.url, error) from error
 
     async def _bring_up(self, server: Server) -> None:
         assert self.load is not None

@@ -13,8 +13,19 @@ from torch import Tensor
 from conf.errors import UserError
 from model.generate import Generation, Sampling
 from rl.rollout.broadcast import NAME
-from rl.rollout.dialect import PROBE_TOKENS, QUICK_S, Drawn, Wanted, experts_of, refuse_version, spans
-from rl.rollout.server_api import Failed, Refused, ServerApi
+from rl.rollout.dialect import (
+    NO_ROUTE,
+    PROBE_TOKENS,
+    QUICK_S,
+    Drawn,
+    Wanted,
+    experts_of,
+    refuse_missing,
+    refuse_version,
+    spans,
+    unless_refused,
+)
+from rl.rollout.server_api import Failed, ServerApi
 
 KNOWN = (("0.5.23", "0.6"),)
 PAUSE_MODES = {"abort": "abort", "keep": "in_place"}
@@ -96,8 +107,7 @@ class Sglang:
             missing.append("--enable-return-routed-experts")
         if wanted.selected and meta.get("indexer_topk") is None:
             missing.append("--enable-return-indexer-topk")
-        if missing:
-            raise UserError(f"{api.url} keeps back what the trainer repeats: start it with {' '.join(missing)}")
+        refuse_missing(api.url, missing)
         if any(float(entry[0]) < -1 for entry in meta.get("output_token_logprobs") or ()):
             raise UserError(
                 f"{api.url} returns log-probs from before the temperature: start it without"
@@ -123,13 +133,9 @@ class Sglang:
         await _done(api, "/update_weight_version", {"new_version": label, "abort_all_requests": False}, QUICK_S)
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
-        try:
-            found = await api.post("/weights_checker", {"action": "checksum"}, timeout_s)
-        except Refused as refusal:
-            if refusal.status in (400, 404, 405, 501):  # 400: an action that it does not know
-                return None
-            raise
-        return found.get("ranks") or found.get("checksums")
+        unknown = (400, *NO_ROUTE)  # 400: an action that it does not know
+        found = await unless_refused(api.post("/weights_checker", {"action": "checksum"}, timeout_s), unknown)
+        return None if found is None else found.get("ranks") or found.get("checksums")
 
     async def world_size(self, api: ServerApi) -> int:
         info = await _either(api, "/server_info", "/get_server_info")
@@ -168,12 +174,8 @@ class Sglang:
 
 async def _either(api: ServerApi, path: str, earlier: str) -> dict[str, Any]:
     """A route that had another name in earlier releases."""
-    try:
-        return await api.get(path, QUICK_S)
-    except Refused as refusal:
-        if refusal.status != 404:
-            raise
-        return await api.get(earlier, QUICK_S)
+    found = await unless_refused(api.get(path, QUICK_S), (404,))
+    return await api.get(earlier, QUICK_S) if found is None else found
 
 
 async def _done(api: ServerApi, path: str, body: Mapping[str, Any], timeout_s: float) -> None:

@@ -11,8 +11,19 @@ import numpy as np
 
 from conf.errors import UserError
 from model.generate import Generation, Sampling
-from rl.rollout.dialect import PROBE_TOKENS, QUICK_S, Drawn, Wanted, experts_of, refuse_version, spans
-from rl.rollout.server_api import Failed, Refused, ServerApi
+from rl.rollout.dialect import (
+    NO_ROUTE,
+    PROBE_TOKENS,
+    QUICK_S,
+    Drawn,
+    Wanted,
+    experts_of,
+    refuse_missing,
+    refuse_version,
+    spans,
+    unless_refused,
+)
+from rl.rollout.server_api import Failed, ServerApi
 
 # from 0.28 on answers hold kept words, routed experts as .npy, and spans of weight versions
 KNOWN = (("0.28", "0.34"),)
@@ -80,20 +91,15 @@ class Vllm:
             missing.append("--return-sampling-mask")
         if wanted.experts and choice.get("routed_experts") is None:
             missing.append("--enable-return-routed-experts")
-        if missing:
-            raise UserError(f"{api.url} keeps back what the trainer repeats: start it with {' '.join(missing)}")
+        refuse_missing(api.url, missing)
         if not entries or not choice.get("weight_versions"):
             raise UserError(f"{api.url} stamps no weight versions or log-probs on its tokens: run vLLM {KNOWN[-1][0]}+")
 
     async def weight_version(self, api: ServerApi) -> str:
-        try:
-            return str((await api.get("/weight_info", QUICK_S)).get("weight_version"))
-        except Refused as refusal:
-            if refusal.status != 404:
-                raise
-            raise UserError(
-                f"{api.url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1 in its environment"
-            ) from refusal
+        found = await unless_refused(api.get("/weight_info", QUICK_S), (404,))
+        if found is None:
+            raise UserError(f"{api.url} takes no new weights: start it with VLLM_SERVER_DEV_MODE=1 in its environment")
+        return str(found.get("weight_version"))
 
     async def pause(self, api: ServerApi, mode: str, timeout_s: float) -> None:
         await api.post("/pause", None, timeout_s, mode=PAUSE_MODES[mode])
@@ -110,12 +116,8 @@ class Vllm:
         await api.post("/update_weight_version", {"new_version": label}, QUICK_S)
 
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
-        try:
-            return (await api.post("/weight_checker", {"action": "checksum"}, timeout_s)).get("checksums")
-        except Refused as refusal:
-            if refusal.status in (404, 405, 501):
-                return None
-            raise
+        found = await unless_refused(api.post("/weight_checker", {"action": "checksum"}, timeout_s), NO_ROUTE)
+        return None if found is None else found.get("checksums")
 
     async def world_size(self, api: ServerApi) -> int:
         found = (await api.get("/get_world_size?include_dp=true", QUICK_S)).get("world_size")
