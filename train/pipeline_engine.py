@@ -92,7 +92,8 @@ class PipelineEngine(EngineBase):
             "ignore", "`torch.distributed.*is deprecated", FutureWarning
         )  # of names whose successors are new in 2.13
         with torch.device("meta"):
-            self._blank = Transformer(config.model)  # the shapes of what other floors hold
+            self._whole = Transformer(config.model).state_dict()  # the shapes of what other floors hold
+        self._held = net.state_dict(keep_vars=True)
         ends = [pp.floor_of(0), pp.floor_of(len(pp.parts) - 1)]
         shared = config.model.num_mtp_layers > 0 and ends[0] != ends[1]
         self._ends = [dist.get_global_rank(pp.column, floor) for floor in ends] if shared else []
@@ -202,15 +203,11 @@ class PipelineEngine(EngineBase):
                 found[name][part.first : part.first + len(value)] = value
             elif name == "expert_counts":
                 first = max(0, part.first - model.first_k_dense_replace)
-                found[name] = value.new_zeros(self._routers, model.n_routed_experts)
+                found[name] = value.new_zeros(layers - model.first_k_dense_replace, model.n_routed_experts)
                 found[name][first : first + len(value)] = value
             else:
                 found[name] = value
         return found
-
-    @property
-    def _routers(self) -> int:
-        return len(self._blank.routers())
 
     def _add_copy(self) -> None:
         """The gradient of the embedding's copy goes to the embedding."""
@@ -279,7 +276,7 @@ class PipelineEngine(EngineBase):
     @torch.no_grad()
     def whole(self, name: str, expert: int | None = None) -> Tensor:
         """On rank 0; elsewhere empty."""
-        blank = self._blank.state_dict(keep_vars=True)[name]
+        blank = self._whole[name]
         shape, place, held = blank.shape, 0, None
         if expert is not None:
             shape = shape[1:]
@@ -287,7 +284,7 @@ class PipelineEngine(EngineBase):
         source = self.pp.holder(name) * self.pp.breadth + place
         value = torch.empty(0)
         if distributed.rank() == source:
-            value = self.net.state_dict(keep_vars=True)[name].detach()
+            value = self._held[name].detach()
             value = value if held is None else value[held]
             if source:
                 dist.send(value.contiguous(), 0)
