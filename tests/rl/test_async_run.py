@@ -17,10 +17,11 @@ import torch
 import rl.ahead
 import rl.groups
 from conf.schema import OptimConfig, ParallelConfig, RunConfig
-from data.tokenizer import load_tokenizer
-from model import Transformer, save_pretrained
+from data.tokenizer import EOS
+from model import Transformer
 from rl.messages import Sample
 from rl.rollout.served import Served
+from tests.rl.models import saved, saying
 from tests.rl.servers.process import ServerProcess
 from tests.rl.test_loop import RL, config, go, rows
 from tests.rl.test_served_run import over, servers
@@ -33,13 +34,7 @@ DRAWN = replace(RL, record_selection=None, max_staleness=2, max_new_tokens=40, p
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Answers are long and of many lengths, so that updates come in their middle."""
-    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer("bytes")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    net = tiny.build(vocab_size=256)
-    with torch.no_grad():
-        net.lm_head.weight[tokenizer.eos_token_id] *= 2
-    save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
-    return str(folder / "hf")
+    return saved(tmp_path_factory.mktemp("base"), saying({EOS: 2}))
 
 
 @pytest.fixture(autouse=True)

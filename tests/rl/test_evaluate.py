@@ -13,10 +13,10 @@ import torch
 import rl.evaluate
 from conf.errors import UserError
 from conf.schema import EvalConfig, ModelConfig, RLConfig, RunConfig
-from data.tokenizer import load_tokenizer
 from launch.stage import afterwards
-from model import save_pretrained
+from model import Transformer, save_pretrained
 from tests.distributed.helper import run_ranks
+from tests.rl.models import saved
 from tests.train import runs, tiny
 from train.run import open_run
 from train.speed import cache_bytes, generation_speed
@@ -25,13 +25,10 @@ EVAL = EvalConfig(k_sweep=(8, 2), speed_lengths=(40, 20), short_context=4)
 
 
 def checkpoint(folder: Path, spoil: float = 0.0, **changes: int) -> str:
-    tokenizer = load_tokenizer("bytes")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    net = tiny.build(vocab_size=256, **changes)
-    with torch.no_grad():
+    def change(net: Transformer, _: object) -> None:
         net.norm.weight *= 1 + spoil
-    save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
-    return str(folder / "hf")
+
+    return saved(folder, change, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ import rl.evaluate
 import rl.groups
 import rl.loop
 from conf.schema import DomainConfig, EvalConfig, ParallelConfig, PrecisionConfig, RLConfig, RunConfig
-from data.tokenizer import load_tokenizer
-from model import save_pretrained
+from data.tokenizer import END_THINK, EOS
 from rl.rewards import part_names
 from tests.distributed.helper import run_ranks
+from tests.rl.models import saved, saying
 from tests.train import runs, tiny
 from train import shards
 from train.checkpoint import newest, step_folders
@@ -38,15 +38,7 @@ RL = RLConfig(prompts_per_step=4, group_size=4, max_new_tokens=12, pack_len=48, 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that ends its answers at many lengths, so that rewards differ inside a group."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = load_tokenizer("bytes")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    net = tiny.build(vocab_size=256)
-    with torch.no_grad():
-        net.lm_head.weight[tokenizer.eos_token_id] *= 8
-        net.lm_head.weight[tokenizer.convert_tokens_to_ids("</think>")] *= 8
-    save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
-    return str(folder / "hf")
+    return saved(tmp_path_factory.mktemp("base"), saying({EOS: 8, END_THINK: 8}))
 
 
 @pytest.fixture(autouse=True)

@@ -16,18 +16,17 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import RLConfig, ServersConfig
-from data.tokenizer import load_tokenizer
-from model import save_pretrained
+from data.tokenizer import EOS, load_tokenizer
 from rl.messages import CUT, RolloutRequest, Sample
 from rl.rollout.fleet import Fleet, ServersLost, State
 from rl.rollout.native import NativeEngine
 from rl.rollout.servers import ServerEngine, dialect_of, wanted_of
 from rl.tools.loop_thread import LoopThread
+from tests.rl.models import saved, saying
 from tests.rl.servers.decoding import Decoding
 from tests.rl.servers.http_server import HttpServer
 from tests.rl.servers.sglang_routes import sglang
 from tests.rl.servers.vllm_routes import vllm
-from tests.train import tiny
 
 PROTOCOLS = {"vllm": vllm, "sglang": sglang}
 REQUESTS = [
@@ -50,14 +49,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Says a few words again and again, and ends after some."""
-    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer("bytes")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    net = tiny.build(vocab_size=256)
-    with torch.no_grad():
-        net.lm_head.weight[[ord(letter) for letter in "abc </"]] *= 20
-        net.lm_head.weight[tokenizer.eos_token_id] *= 8
-    save_pretrained(net, folder / "hf", torch.float32, folder / "tokenizer")
-    return str(folder / "hf")
+    return saved(tmp_path_factory.mktemp("base"), saying(dict.fromkeys("abcĠ</", 20) | {EOS: 8}))
 
 
 @cache
@@ -322,10 +314,7 @@ ENDLESS = RLConfig(temperature=1e-5, max_new_tokens=60)
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Never ends by itself."""
-    folder, tokenizer = tmp_path_factory.mktemp("endless"), load_tokenizer("bytes")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    save_pretrained(tiny.build(vocab_size=256), folder / "hf", torch.float32, folder / "tokenizer")
-    return str(folder / "hf")
+    return saved(tmp_path_factory.mktemp("endless"))
 
 
 @both
