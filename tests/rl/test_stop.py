@@ -17,7 +17,7 @@ from rl.groups import attempt_of
 from rl.messages import RolloutRequest
 from rl.rewards.exact_match import exact_match
 from rl.rewards.format import well_formed
-from rl.rollout.native import NativeEngine
+from rl.rollout.native import NativeEngine, text_of
 from rl.stop import StopStrings
 from tests.rl.samples import make_sample
 from tests.train import tiny
@@ -86,7 +86,7 @@ def test_a_sample_ends_at_the_string_whatever_shares_its_batch() -> None:
     made = stopping.generate(REQUESTS)
     for sample, whole in zip(made, free, strict=True):
         ids = whole.tokens.ids[len(whole.request.prompt_ids) :]
-        ends = [n for n in range(1, len(ids) + 1) if any(s in stopping._text(ids[:n]) for s in strings)]
+        ends = [n for n in range(1, len(ids) + 1) if any(s in text_of(stopping.tokenizer, ids[:n]) for s in strings)]
         size = len(whole.request.prompt_ids) + (ends[0] if ends else len(ids))
         assert sample.tokens.ids == whole.tokens.ids[:size]  # the string's tokens are trained on: they were drawn
         assert sample.tokens.behaviour_logprobs == pytest.approx(whole.tokens.behaviour_logprobs[:size], abs=1e-5)
