@@ -8,6 +8,7 @@ communicator, which torch makes and broadcasts through as well (`torch.cuda.nccl
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,7 +41,7 @@ class TorchGroup:
         store, _, _ = next(rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=limit))
         store.set_timeout(limit)
         # as SGLang makes its own, so that both look for one another under the same keys
-        self._group, _ = _new_process_group_helper(
+        group, _ = _new_process_group_helper(
             world_size,
             rank,
             [],
@@ -49,21 +50,24 @@ class TorchGroup:
             group_name=name,  # type: ignore[arg-type]  # a NewType of str, in some releases
             timeout=limit,
         )
-        _world.pg_group_ranks[self._group] = {each: each for each in range(world_size)}
-        self._store = store  # rank 0's is the listener: it lives as long as the group
+        _world.pg_group_ranks[group] = {each: each for each in range(world_size)}
+        self._held: list[Any] = [group, store]  # rank 0's store is the listener: it lives as long as the group
 
     def broadcast(self, tensor: Tensor, check: Callable[[], None] = lambda: None) -> None:
         """From rank 0 into everybody's `tensor`, in place; `check`, called while it waits, may end it by raising."""
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        work = self._group.broadcast([tensor], options)
+        work = self._held[0].broadcast([tensor], options)
         while not work.is_completed():
             check()
             time.sleep(LOOK_S)
         work.wait()
 
     def close(self) -> None:
-        dist.destroy_process_group(self._group)
+        """At once. The group itself ends in a thread of its own: gloo's destructor waits for what is in work, which
+        where others are gone takes until `timeout_s`, and else the garbage collector would call it wherever it runs."""
+        dist.destroy_process_group(self._held[0])
+        threading.Thread(target=self._held.clear, name="group's end", daemon=True).start()
 
 
 class NcclGroup:

@@ -6,17 +6,20 @@
 
 No redirect is followed and no proxy of the environment is used: the servers are the cluster's own. The key goes into
 one header and into no message.
+
+aiohttp, because this runs beside the trainer and shares its interpreter: httpx looks through all its connections for
+each of them at every request, which at 64 takes 40 times as long as the rest of the request (docs/async.md).
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
-import ssl
 from collections.abc import Mapping
 from typing import Any
 
-import httpx
+import aiohttp
 
 REASON_CHARS = 300  # of a server's own words in a message
 
@@ -46,18 +49,8 @@ class ServerApi:
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        verify = ssl.create_default_context() if self.url.startswith("https:") else False  # dear to make
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=None,
-            limits=limits,
-            verify=verify,
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._session: aiohttp.ClientSession | None = None  # is made within the event loop
 
     async def get(self, path: str, timeout_s: float) -> dict[str, Any]:
         return await self._ask("GET", path, None, timeout_s, {})
@@ -70,26 +63,41 @@ class ServerApi:
     ) -> dict[str, Any]:
         """The answer's JSON object; {} where its body is empty or no object."""
         where = f"{self.url}{path}"
+        data = None if body is None else io.BytesIO(json.dumps(body, separators=(",", ":")).encode())
         try:
-            async with asyncio.timeout(timeout_s):  # of it all: httpx's own start anew with every byte
-                answer = await self._client.request(method, path, json=body, params=query or None)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._opened().request(method, where, data=data, params=query, allow_redirects=False) as answer,
+            ):
+                status, content = answer.status, await answer.read()
         except TimeoutError as error:
             raise Failed(f"{where} gave no answer within {timeout_s:g} s") from error
-        except httpx.ConnectError as error:
+        except aiohttp.ClientConnectorError as error:
             raise Gone(f"{where}: nobody listens there ({error})") from error
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise Failed(f"{where}: the connection failed ({type(error).__name__})") from error
-        if answer.status_code == 200:
-            return _object(answer.content, where)
-        reason = f"{where}: HTTP {answer.status_code}{_reason(answer.content)}"
-        if answer.status_code in (429, 503):
+        if status == 200:
+            return _object(content, where)
+        reason = f"{where}: HTTP {status}{_reason(content)}"
+        if status in (429, 503):
             raise Busy(reason)
-        if answer.status_code == 408 or answer.status_code >= 500:
+        if status == 408 or status >= 500:
             raise Failed(reason)
-        raise Refused(answer.status_code, reason)
+        raise Refused(status, reason)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0),  # rl.servers.concurrent bounds them
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # each request has its own
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 
 from conf.schema import ServersConfig
 from model import Transformer
+from rl.rollout.broadcast import TorchGroup, free_port
 from rl.rollout.fleet import State
 from rl.rollout.servers import ServerEngine
 from rl.rollout.weight_sync import WeightSync
@@ -68,3 +72,31 @@ def test_a_broadcast_that_one_refuses_comes_to_the_others_and_a_second_run_joins
                 sync.push(net, reader(net), 1)
                 assert [server.state for server in engine.fleet.servers] == [State.READY, State.READY]
                 assert engine.fleet.label == f"{sync.run}-1"
+
+
+def _joins(port: int, seconds: float) -> None:
+    """A server that joins, and takes nothing."""
+    TorchGroup("127.0.0.1", port, 1, 2, "gloo", 60)
+    time.sleep(seconds)
+
+
+def test_a_group_that_ends_in_the_middle_of_a_broadcast_is_waited_for_by_nobody():
+    """Not by the garbage collector either, which runs in any thread: the servers' event loop stood still for it."""
+
+    def give_up() -> None:
+        if time.monotonic() > begin + 0.5:
+            raise RuntimeError("a server has refused")
+
+    port = free_port()
+    peer = multiprocessing.get_context("fork").Process(target=_joins, args=(port, 60))
+    peer.start()
+    group, begin = TorchGroup("127.0.0.1", port, 0, 2, "gloo", 60), time.monotonic()
+    with pytest.raises(RuntimeError, match="refused") as caught:  # its traceback holds the group
+        group.broadcast(torch.ones(1000, 1000), give_up)
+    begin = time.monotonic()
+    group.close()
+    del group, caught
+    gc.collect()
+    assert time.monotonic() - begin < 2.0
+    peer.kill()
+    peer.join()

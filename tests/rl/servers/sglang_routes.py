@@ -97,7 +97,7 @@ def sglang(decoding: Decoding, missing: Collection[str] = (), version: str = VER
     def join(request: Request) -> dict[str, Any]:
         body = request.body
         groups[body["group_name"]] = TorchGroup(
-            body["master_address"], body["master_port"], body["rank_offset"], body["world_size"], body["backend"], 60,
+            body["master_address"], body["master_port"], body["rank_offset"], body["world_size"], body["backend"], 20,
             body["group_name"],
         )  # fmt: skip
         return {"success": True, "message": ""}

@@ -97,7 +97,7 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
         info = request.body["init_info"]
         leave(request)
         group.append(
-            TorchGroup(info["master_address"], info["master_port"], info["rank_offset"], info["world_size"], "gloo", 60)
+            TorchGroup(info["master_address"], info["master_port"], info["rank_offset"], info["world_size"], "gloo", 20)
         )
         return {"message": "Weight transfer initialized"}
 
