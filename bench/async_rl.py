@@ -22,7 +22,7 @@ from typing import Any
 from bench.adapted import OUT, ROOT, adapted, read_rows, stage
 from bench.registry import benchmark
 
-ITERATIONS, SEEDS, BOUNDS, DELTA, LAST = 10, (1, 2, 3), (0, 2), 0.05, 4
+ITERATIONS, SEEDS, BOUNDS, DELTA, LAST = 20, (1, 2, 3, 4, 5), (0, 2), 0.2, 5
 POLICY = (
     "rl.outcome=task rl.prompts_per_step=8 rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4 optim.schedule=constant"
     " optim.warmup_steps=2 rl.eval_prompts=96 train.save_every=1000 rl.servers.health_s=5"
@@ -100,7 +100,7 @@ def against(rows: list[dict[str, Any]], bound: int, delta: float | None) -> dict
 
 @benchmark
 def async_rl() -> dict[str, Any]:
-    """Asynchronous RL against synchronous: speed and reward by staleness (about 8 minutes beside the demo's base)."""
+    """Asynchronous RL against synchronous: speed and reward by staleness (about 12 minutes beside the demo's base)."""
     given = adapted()["commands"]["grpo"]
     settings = [(bound, delta) for bound in BOUNDS for delta in ((None, DELTA) if bound else (None,))]
     with served(OUT / "adapted" / "hf") as url:

@@ -148,7 +148,7 @@ class TrainConfig:
     bias_update_speed: float = 1e-3  # gamma of DeepSeek-V3, sec. 2.1.2
     activation_checkpointing: bool = False
     max_skipped_steps: int = 10  # steps lost to the loss guards before the run stops
-    spike_factor: float = 3.0  # a loss above this multiple of the running median is a spike
+    spike_factor: float = 3.0  # a loss above this multiple of the high losses of the last steps is a spike
     eval_sequences: int = 32  # evaluate: held-out sequences
     hang_limit_s: float = 3600.0  # without a finished step before the job is ended with all stacks; 0: never
     threads: int = 0  # CPU threads a process; 0 leaves torchrun's choice

@@ -105,13 +105,11 @@ def train(context: RunContext) -> None:
             state.data_position, state.extra["data"] = stream.position, stream.state()
             state.tokens += int(step.counts.rows)
             fresh_tokens += step.counts.rows
-            if reason is None:
-                context.guard.accept(step.loss)
-                if stage.router_bias:
-                    engine.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
-            else:
+            if reason is not None:
                 context.say(f"step {state.step} left out: {reason}")
                 context.guard.count_skip(state.step, reason)
+            elif stage.router_bias:
+                engine.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
             clock.stop()
             if logged:
                 speed = fresh_tokens / clock.read()
