@@ -20,7 +20,18 @@ from train import distributed
 from train.engine import Engine
 from train.engine_base import EngineBase
 from train.flops import flops_per_token
-from train.losses import Counts, Sums, add_sums, global_counts, micro_batch_loss, reduce_sums, step_metrics, step_shapes
+from train.losses import (
+    Counts,
+    Sums,
+    add_losses,
+    add_sums,
+    global_counts,
+    mean_losses,
+    micro_batch_loss,
+    reduce_sums,
+    step_metrics,
+    step_shapes,
+)
 from train.optim import build_optimizer, rates, select_trainable
 from train.pipeline_engine import PipelineEngine
 from train.run import Clock, RunContext
@@ -92,6 +103,7 @@ def train(context: RunContext) -> None:
     if "data" in state.extra:
         stream.load_state(state.extra["data"])
     clock, fresh_tokens = Clock(), 0.0
+    losses: dict[str, float] = state.extra.setdefault("losses", {})  # since the last row
     with context.progress(state) as progress:
         while state.step < config.train.steps:
             clock.start()
@@ -108,12 +120,16 @@ def train(context: RunContext) -> None:
             if reason is not None:
                 context.say(f"step {state.step} left out: {reason}")
                 context.guard.count_skip(state.step, reason)
-            elif stage.router_bias:
-                engine.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
+            else:
+                add_losses(losses, step.sums, step.counts)
+                if stage.router_bias:
+                    engine.update_router_bias(step.sums["expert_counts"], config.train.bias_update_speed)
             clock.stop()
             if logged:
                 speed = fresh_tokens / clock.read()
-                context.log(state.step, metrics_row(context, step, values, state.tokens, speed))
+                row = metrics_row(context, step, values, state.tokens, speed) | mean_losses(losses)
+                context.log(state.step, row)
+                losses.clear()
                 fresh_tokens = 0.0
             context.watchdog.beat(f"step {state.step}")
             progress.update(1, loss=step.loss)

@@ -78,6 +78,18 @@ def add_sums(total: Sums, part: Sums) -> None:
             total[name] = value.clone() if held is None else held + value
 
 
+def add_losses(held: dict[str, float], sums: Sums, counts: Counts) -> None:
+    """Adds a step's global losses and targets into `held`. Kinds of data take turns by steps, so the loss of a row is
+    that of all steps since the last one: a single step would show whichever's turn it is."""
+    for name in {"lm", "mtp"} & sums.keys():
+        for key, value in ((name, float(sums[name])), (f"{name}_targets", float(getattr(counts, name)))):
+            held[key] = held.get(key, 0.0) + value
+
+
+def mean_losses(held: Mapping[str, float]) -> dict[str, float]:
+    return {f"loss/{name}": held[name] / held[f"{name}_targets"] for name in ("lm", "mtp") if name in held}
+
+
 def reduce_sums(sums: Sums, shapes: Mapping[str, tuple[int, ...]]) -> Sums:
     """Sums over all ranks in one collective.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from conf.convert import load_yaml
 from conf.schema import OptimConfig
 from tests.train import runs
 from train.checkpoint import read_state
+from train.losses import Counts, add_losses, mean_losses
 
 
 def test_two_ranks_equal_one_rank_with_twice_the_micro_batches(tmp_path: Path) -> None:
@@ -44,6 +46,21 @@ def test_spikes_are_left_out_and_counted(tmp_path: Path) -> None:
     assert skipped[15] == 0 and 0 < skipped[-1] <= 20 and skipped == sorted(skipped)
     with pytest.raises(AssertionError, match=r"TooManySkips: step \d+: loss .* above 1 x .* the high losses"):
         runs.go(runs.config(tmp_path / "stopped", max_skipped_steps=0, **changes))
+
+
+def test_a_row_has_the_losses_of_all_steps_since_the_last(tmp_path: Path) -> None:
+    for name, log_every in (("every", 1), ("third", 3)):
+        assert runs.go(runs.config(tmp_path / name, log_every=log_every)) == ["finished"]
+    every, third = (runs.rows(tmp_path / name) for name in ("every", "third"))
+    assert [row["step"] for row in third] == [1, 3, 6]
+    for row, steps in zip(third[1:], (every[1:3], every[3:]), strict=True):
+        losses = [one["loss/lm"] for one in steps]
+        assert row["loss/lm"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)  # about as many targets in each
+        assert min(abs(row["loss/lm"] / loss - 1) for loss in losses) > 1e-4
+    held: dict[str, float] = {}
+    for lm, targets in ((8.0, 4), (3.0, 1)):
+        add_losses(held, {"lm": torch.tensor(lm), "loss": torch.tensor(0.0)}, Counts(targets, 1, 9, 1))
+    assert mean_losses(held) == {"loss/lm": 11 / 5}
 
 
 def test_the_routers_bias_moves_where_declared(tmp_path: Path) -> None:
