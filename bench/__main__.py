@@ -9,6 +9,7 @@ import bench.cost_curve  # noqa: F401
 import bench.data  # noqa: F401
 import bench.domains  # noqa: F401
 import bench.fp8  # noqa: F401
+import bench.http_client  # noqa: F401
 import bench.layer  # noqa: F401
 import bench.length  # noqa: F401
 import bench.memory  # noqa: F401
