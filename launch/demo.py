@@ -46,7 +46,7 @@ class Plan:
 FULL = Plan(
     tasks={"arithmetic": "arithmetic:2", "words": "words:2", "counting": "counting:3"},
     synthetic_share=0.7,
-    base=1800,
+    base=1400,
     base_batch=1,
     adapt=200,
     warmup=500,
