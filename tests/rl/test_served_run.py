@@ -161,7 +161,7 @@ def test_trajectories_with_tools_over_servers(base: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(rl.rollout.trajectory, "said_message", without_calls)
     monkeypatch.setattr(rl.offer.Offer, "schemas", lambda *_: [])  # which in bytes are longer than all the rest
     drawn = replace(TOOLS, record_selection=None, mini_batches=1)
-    with ServerProcess(base, "vllm", length=256) as server:
+    with ServerProcess(base, "vllm", length=256, missing=("return_sampling_mask",)) as server:
         mine = replace(config(tmp_path, base, steps=2), rl=over("vllm", [server], drawn))
         assert go(mine) == ["finished"]
     for row in rows(tmp_path):

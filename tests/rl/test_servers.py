@@ -275,6 +275,14 @@ def test_each_server_is_looked_at_before_the_run_begins(base: str):
     assert len(said) == 1 and "http://127.0.0.1:9 is out: " in said[0] and "nobody listens" in said[0]
 
 
+@both
+def test_a_server_that_a_dead_trainer_left_paused_is_taken_on(protocol: str, base: str):
+    with served(protocol, base) as servers:
+        servers[0].protocol.decoding.pause("abort").result(10)
+        with asked(protocol, [servers[0].url], base) as engine:
+            assert_same(engine.generate(REQUESTS), native(base))
+
+
 @pytest.mark.parametrize(
     ("protocol", "version", "treat_as", "words"),
     [
