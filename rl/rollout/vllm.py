@@ -98,6 +98,8 @@ class Vllm:
         only = Wanted(cold, wanted.model, wanted.eos_id, wanted.stop)
         choice = (await api.post(GENERATE, self.body([0], 0, PROBE_TOKENS, only), QUICK_S))["choices"][0]
         entries = (choice.get("logprobs") or {}).get("content") or []
+        bare = self.body([0], 0, PROBE_TOKENS, Wanted(Sampling(), wanted.model, wanted.eos_id))
+        plain = (await api.post(COMPLETIONS, bare, QUICK_S))["choices"][0]
         missing = []
         if any(abs(float(entry["logprob"])) > 1e-4 for entry in entries):
             missing.append("--logprobs-mode processed_logprobs")
@@ -106,8 +108,8 @@ class Vllm:
         if wanted.experts and choice.get("routed_experts") is None:
             missing.append("--enable-return-routed-experts")
         refuse_missing(api.url, missing)
-        if not entries or not choice.get("weight_versions"):
-            raise UserError(f"{api.url} stamps no weight versions or log-probs on its tokens: run vLLM {KNOWN[-1][0]}+")
+        if not (entries and choice.get("weight_versions") and plain.get("weight_versions") and plain.get("token_ids")):
+            raise UserError(f"{api.url} stamps no weight versions or log-probs on its tokens: run vLLM 0.33")
         if choice.get("sampling_mask") is not None and wanted.experts and not wanted.sampling.drops_words:
             raise UserError(
                 f"{api.url} sends all words of the vocabulary back with each token, as nothing is dropped: start it"

@@ -158,7 +158,7 @@ def test_what_wants_nothing_beside_its_tokens_brings_no_vocabulary_with_each(pro
         mine = engine.generate(REQUESTS)
         counts = servers[0].protocol.counts
     if protocol == "vllm":
-        assert counts["/v1/completions"] == len(REQUESTS) and counts["/inference/v1/generate"] == 1, "the probe"
+        assert counts["/v1/completions"] == len(REQUESTS) + 1 and counts["/inference/v1/generate"] == 1, "the probe's"
     for one, other in zip(mine, native(base, rl), strict=True):
         assert (one.tokens.ids, one.finish_reason) == (other.tokens.ids, other.finish_reason)
         assert one.tokens.behaviour_logprobs == pytest.approx(other.tokens.behaviour_logprobs, abs=1e-5)
