@@ -27,7 +27,7 @@ POLICY = (
     "rl.outcome=task rl.prompts_per_step=8 rl.group_size=8 rl.length_penalty=0 optim.lr=2e-4 optim.schedule=constant"
     " optim.warmup_steps=2 rl.eval_prompts=96 train.save_every=1000 rl.servers.health_s=5"
 )
-SERVER = "--protocol vllm --port 0 --places 48 --max-model-len 512"
+SERVER = "--protocol vllm --port 0 --places 48 --max-model-len 512 --missing return_sampling_mask"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t of so many pairs less one
 
 

@@ -79,6 +79,10 @@ class NcclGroup:
 
     def meet(self, world_size: int) -> None:
         self._communicator = torch.cuda.nccl.init_rank(world_size, self.unique_id, 0)
+        # each of vLLM's processes sums one number over all ranks as soon as it has joined, and waits for the others to
+        one = [torch.zeros(1, device="cuda")]
+        torch.cuda.nccl.all_reduce(one, one, streams=[torch.cuda.current_stream()], comms=[self._communicator])
+        torch.cuda.current_stream().synchronize()
 
     def broadcast(self, tensor: Tensor, check: Callable[[], None] = lambda: None) -> None:
         torch.cuda.nccl.broadcast([tensor], 0, [torch.cuda.current_stream()], [self._communicator])

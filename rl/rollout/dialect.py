@@ -7,7 +7,6 @@ version that nobody has looked at is refused by name.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from rl.rollout.server_api import Failed, Refused, ServerApi
 QUICK_S = 30.0  # that an answer may take which needs no decoding and no weights
 PROBE_TOKENS = 4
 MOST_LOGPROB = 1e-3  # rounding lifts a log-prob above 0
+LEAST_LOGPROB = -9998.0  # vLLM writes -9999 where it has none, or one that is no number
 # what an answer of another shape than was looked for raises while it is read
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, BadZipFile)
-NO_ROUTE = (404, 405, 501)
+NO_ROUTE = (404, 405)
 ABORT = "abort"  # finish reason of what a server broke off; its tokens are good
 
 
@@ -58,9 +58,16 @@ class Dialect(Protocol):
     """One protocol. Its coroutines raise what `server_api` names."""
 
     name: str
-    path: str  # of generation
+
+    async def health(self, api: ServerApi) -> None:
+        """Raises where the server is there and unwell. Never waits for the end of a pause."""
+        ...
 
     async def version(self, api: ServerApi) -> str: ...
+
+    def path(self, wanted: Wanted) -> str:
+        """Of the route that draws."""
+        ...
 
     def body(self, ids: Sequence[int], seed: int, tokens: int, wanted: Wanted) -> dict[str, Any]:
         """The request for up to `tokens` tokens behind `ids`."""
@@ -78,7 +85,8 @@ class Dialect(Protocol):
     async def weight_version(self, api: ServerApi) -> str: ...
 
     async def pause(self, api: ServerApi, mode: str, timeout_s: float) -> None:
-        """mode: `abort` (what is in work comes back as far as it is) or `keep` (it goes on after `resume`)."""
+        """mode: `abort` (what is in work comes back as far as it is) or `keep` (it goes on after `resume`, once the new
+        weights have read it again)."""
         ...
 
     async def resume(self, api: ServerApi) -> None: ...
@@ -97,7 +105,7 @@ class Dialect(Protocol):
         ...
 
     async def world_size(self, api: ServerApi) -> int:
-        """Processes that take part in a broadcast."""
+        """Processes that take part in a broadcast. UserError where it cannot be one of several."""
         ...
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
@@ -109,12 +117,16 @@ class Dialect(Protocol):
         """Takes these tensors (name -> dtype, shape), broadcast one after another meanwhile."""
         ...
 
-    async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
+    async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None:
+        """Once before the first bucket. Refused while one that broke off is open, which `leave` ends."""
+        ...
 
-    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None: ...
+    async def end_receiving(self, api: ServerApi, timeout_s: float) -> None:
+        """Once behind the last; cached prefixes are forgotten."""
+        ...
 
     async def leave(self, api: ServerApi) -> None:
-        """Out of the group."""
+        """Out of the group, and of an update that broke off."""
         ...
 
 
@@ -160,7 +172,7 @@ def checked(drawn: Drawn, wanted: Wanted) -> Drawn:
         raise ValueError("no token")
     if len(found.logprobs) != size or len(drawn.versions) != size:
         raise ValueError(f"{size} tokens, {len(found.logprobs)} log-probs, {len(drawn.versions)} weight versions")
-    if not all(-math.inf < value <= MOST_LOGPROB for value in found.logprobs):  # false of nan
+    if not all(LEAST_LOGPROB < value <= MOST_LOGPROB for value in found.logprobs):  # false of nan
         raise ValueError("a log-prob that is no number, or above 0")
     if not all(0 <= word < wanted.model.vocab_size for word in found.ids):
         raise ValueError("a word that the model does not have")

@@ -127,7 +127,7 @@ class Fleet:
                     if server.state is State.DOWN:
                         await self._admit(server)
                     else:
-                        await server.api.get("/health", LOOK_S)
+                        await self.dialect.health(server.api)
                     label = await self.dialect.weight_version(server.api)
                 if label == self.label and not server.spoilt:
                     self._set(server, State.READY)
@@ -150,7 +150,7 @@ class Fleet:
 
     async def _admit(self, server: Server) -> None:
         """A server that was not there before: does it speak as it must?"""
-        await server.api.get("/health", LOOK_S)
+        await self.dialect.health(server.api)
         await self.dialect.version(server.api)
         await self.dialect.weight_version(server.api)  # UserError where it takes no new weights
         if not self.leader:

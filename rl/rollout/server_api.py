@@ -53,15 +53,18 @@ class ServerApi:
         self._session: aiohttp.ClientSession | None = None  # is made within the event loop
 
     async def get(self, path: str, timeout_s: float) -> dict[str, Any]:
-        return await self._ask("GET", path, None, timeout_s, {})
+        return _object(await self._ask("GET", path, None, timeout_s, {}), f"{self.url}{path}")
 
     async def post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float, **query: str) -> dict[str, Any]:
-        return await self._ask("POST", path, body, timeout_s, query)
+        return _object(await self._ask("POST", path, body, timeout_s, query), f"{self.url}{path}")
+
+    async def tell(self, path: str, timeout_s: float) -> None:
+        """As `post` without a body, where the answer's status says everything and the rest may be any text."""
+        await self._ask("POST", path, None, timeout_s, {})
 
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float, query: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """The answer's JSON object; {} where its body is empty or no object."""
+    ) -> bytes:
         where = f"{self.url}{path}"
         data = None if body is None else io.BytesIO(json.dumps(body, separators=(",", ":")).encode())
         try:
@@ -77,7 +80,7 @@ class ServerApi:
         except (aiohttp.ClientError, OSError) as error:
             raise Failed(f"{where}: the connection failed ({type(error).__name__})") from error
         if status == 200:
-            return _object(content, where)
+            return content
         reason = f"{where}: HTTP {status}{_reason(content)}"
         if status in (429, 503):
             raise Busy(reason)
@@ -101,6 +104,7 @@ class ServerApi:
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:
+    """The answer's JSON object; {} where its body is empty or no object."""
     if not content.strip():
         return {}
     try:

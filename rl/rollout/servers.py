@@ -137,7 +137,7 @@ class ServerEngine:
         while True:
             server = await fleet.take(failed)
             try:
-                answer = await fleet.post(server, fleet.dialect.path, body, settings.request_s)
+                answer = await fleet.post(server, fleet.dialect.path(self.wanted), body, settings.request_s)
                 drawn = read_answer(fleet.dialect, answer, ids, self.wanted, server.url)
                 self._refuse_versions(drawn, server)
                 return drawn
@@ -172,7 +172,7 @@ class ServerEngine:
 
     def _ended_by_string(self, drawn: Generation, before: TokenColumns | None) -> Generation:
         """What was drawn up to the token with which the message first holds a stop string: servers may find one
-        later than we do, or look for none (--tokens-only)."""
+        later than we do."""
         answer = [] if before is None else before.ids[before.open_message :]
         if not self.stop.strings or not drawn.ids:
             return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from conf.errors import UserError
 from model.generate import Generation, Sampling
 from rl.rollout.broadcast import NAME
 from rl.rollout.dialect import (
+    ABORT,
     NO_ROUTE,
     PROBE_TOKENS,
     QUICK_S,
@@ -28,21 +30,30 @@ from rl.rollout.dialect import (
 from rl.rollout.server_api import Failed, ServerApi
 
 KNOWN = (("0.5.23", "0.6"),)
-PAUSE_MODES = {"abort": "abort", "keep": "in_place"}
+# its own `in_place` would keep what the old weights have read, and with it every cached prefix
+PAUSE_MODES = {"abort": "abort", "keep": "retract"}
 
 
 class Sglang:
     """See `Dialect`."""
 
-    name, path = "SGLang", "/generate"
+    name = "SGLang"
 
     def __init__(self, treat_as: str | None = None) -> None:
         self.treat_as = treat_as
 
+    async def health(self, api: ServerApi) -> None:
+        """`weight_version` asks enough: /health draws a token, which while it is paused takes until that fails."""
+
     async def version(self, api: ServerApi) -> str:
-        found = str((await _either(api, "/server_info", "/get_server_info")).get("version"))
+        info = await unless_refused(api.get("/server_info", QUICK_S), (404,))
+        info = await api.get("/get_server_info", QUICK_S) if info is None else info  # of earlier releases
+        found = str(info.get("version"))
         refuse_version(self.name, api.url, found, self.treat_as, KNOWN)
         return found
+
+    def path(self, wanted: Wanted) -> str:
+        return "/generate"
 
     def body(self, ids: Sequence[int], seed: int, tokens: int, wanted: Wanted) -> dict[str, Any]:
         sampling = wanted.sampling
@@ -69,12 +80,15 @@ class Sglang:
 
     def read(self, answer: Mapping[str, Any], ids: Sequence[int], wanted: Wanted) -> Drawn:
         meta, model = answer["meta_info"], wanted.model
+        reason = meta["finish_reason"]["type"]
         said = [int(word) for word in answer["output_ids"]]
+        if reason == ABORT and not self._records(wanted) <= meta.keys():  # it waited for its turn to go on
+            said = []
         rows = len(ids) + len(said) - 1
         kept, logprobs = None, []
         if said and wanted.sampling.drops_words:
             logprobs = [float(value) for value in meta["output_token_sampling_logprobs"]]
-            kept = [[int(word) for word in words] for words in meta["output_token_sampling_mask"]]
+            kept = [sorted(int(word) for word in words) for words in meta["output_token_sampling_mask"]]
         elif said:
             entries = meta["output_token_logprobs"]
             if [int(entry[1]) for entry in entries] != said:
@@ -86,38 +100,53 @@ class Sglang:
             experts = experts_of(_int32(meta["routed_experts"], shape), rows, model)
         if said and wanted.selected:
             shape = (rows, model.num_hidden_layers, model.index_topk)
-            selected = ascending(torch.from_numpy(_int32(meta["indexer_topk"], shape).copy()))
-        reason = meta["finish_reason"]["type"]
+            selected = positions_of(torch.from_numpy(_int32(meta["indexer_topk"], shape).copy()))
         found = Generation(said, logprobs, reason, kept if wanted.kept else None, experts, selected)
-        stamped = meta.get("weight_versions")
-        if stamped is None:
-            raise ValueError("no weight versions")
-        return Drawn(found, spans([_span(each) for each in stamped], len(said)))
+        return Drawn(found, spans(meta["weight_versions"], len(said)) if said else [])
+
+    def _records(self, wanted: Wanted) -> set[str]:
+        """What an answer must hold beside its tokens."""
+        names = {
+            "weight_versions": True,
+            "output_token_sampling_mask": wanted.sampling.drops_words,
+            "output_token_logprobs": not wanted.sampling.drops_words,
+            "routed_experts": wanted.experts,
+            "indexer_topk": wanted.selected,
+        }
+        return {name for name, needed in names.items() if needed}
 
     async def probe(self, api: ServerApi, wanted: Wanted) -> None:
         # so cold that one word has all the mass: its log-prob after temperature is about 0, before it is not
-        only = Wanted(Sampling(1e-3, 1.0, 1 if wanted.sampling.drops_words else 0), wanted.model, wanted.eos_id)
-        body = self.body([0], 0, PROBE_TOKENS, only)
-        body |= {"return_routed_experts": wanted.experts, "return_indexer_topk": wanted.selected}
-        meta = (await api.post(self.path, body, QUICK_S))["meta_info"]
+        sampling = wanted.sampling if wanted.sampling.drops_words else Sampling(1e-3)
+        asked = replace(wanted, sampling=sampling)
+        # a row selects once there is more to see than it may select
+        prompt = [0] * (1 + wanted.model.index_topk * wanted.selected)
+        answer = await api.post(self.path(asked), self.body(prompt, 0, PROBE_TOKENS, asked), QUICK_S)
+        meta = answer["meta_info"]
         missing = []
-        if wanted.sampling.drops_words and meta.get("output_token_sampling_mask") is None:
-            missing.append("--sampling-mask-max-tokens 4096")
         if wanted.experts and meta.get("routed_experts") is None:
             missing.append("--enable-return-routed-experts")
         if wanted.selected and meta.get("indexer_topk") is None:
             missing.append("--enable-return-indexer-topk")
         refuse_missing(api.url, missing)
-        if any(float(entry[0]) < -1 for entry in meta.get("output_token_logprobs") or ()):
+        drops = wanted.sampling.drops_words  # then the sampler's own log-probs are read
+        if not drops and any(float(entry[0]) < -1 for entry in meta.get("output_token_logprobs") or ()):
             raise UserError(
                 f"{api.url} returns log-probs from before the temperature: start it without"
                 " SGLANG_RETURN_ORIGINAL_LOGPROB in its environment"
             )
         if not meta.get("weight_versions"):
             raise UserError(f"{api.url} stamps no weight versions on its tokens: run SGLang {KNOWN[-1][0]} or later")
+        try:
+            self.read(answer, prompt, asked)
+        except OtherPlaces as error:
+            raise UserError(
+                f"{api.url} returns places in its cache for selected positions: start it with SGLANG_DSA_FUSE_TOPK=0 in"
+                " its environment"
+            ) from error
 
     async def weight_version(self, api: ServerApi) -> str:
-        return str((await _either(api, "/model_info", "/get_model_info")).get("weight_version"))
+        return str((await api.get("/model_info", QUICK_S)).get("weight_version"))
 
     async def pause(self, api: ServerApi, mode: str, timeout_s: float) -> None:
         await api.post("/pause_generation", {"mode": PAUSE_MODES[mode]}, timeout_s)
@@ -126,8 +155,10 @@ class Sglang:
         await api.post("/continue_generation", {}, QUICK_S)
 
     async def load(self, api: ServerApi, folder: str, timeout_s: float) -> None:
-        body = {"model_path": folder, "flush_cache": True, "keep_pause": True}
+        # without a format it takes the one that it was started with, and with `dummy` would make weights up
+        body = {"model_path": folder, "load_format": "auto", "flush_cache": False}
         await _done(api, "/update_weights_from_disk", body, timeout_s)
+        await api.tell("/flush_cache", QUICK_S)  # HTTP 400 where something is in work
 
     async def stamp(self, api: ServerApi, label: str) -> None:
         await _done(api, "/update_weight_version", {"new_version": label, "abort_all_requests": False}, QUICK_S)
@@ -135,11 +166,18 @@ class Sglang:
     async def checksum(self, api: ServerApi, timeout_s: float) -> Any:
         unknown = (400, *NO_ROUTE)  # 400: an action that it does not know
         found = await unless_refused(api.post("/weights_checker", {"action": "checksum"}, timeout_s), unknown)
-        return None if found is None else found.get("ranks") or found.get("checksums")
+        return None if found is None else found.get("ranks")
 
     async def world_size(self, api: ServerApi) -> int:
-        info = await _either(api, "/server_info", "/get_server_info")
-        return int(info.get("tp_size") or 1) * int(info.get("pp_size") or 1)
+        """Its processes take the ranks behind `rank_offset` by their place in the tensor-parallel group alone."""
+        info = await api.get("/server_info", QUICK_S)
+        for key, flag in (("dp_size", "--dp-size"), ("pp_size", "--pp-size")):
+            if int(info.get(key) or 1) > 1:
+                raise UserError(
+                    f"{api.url} was started with {flag} {info[key]}, and takes no broadcast so: start it without, or"
+                    " give rl.servers.sync=disk"
+                )
+        return int(info.get("tp_size") or 1)
 
     async def join(self, api: ServerApi, group: Mapping[str, Any], rank_offset: int, timeout_s: float) -> None:
         body = {
@@ -153,7 +191,7 @@ class Sglang:
         await _done(api, "/init_weights_update_group", body, timeout_s)
 
     async def begin_receiving(self, api: ServerApi, timeout_s: float) -> None:
-        """Each bucket says for itself."""
+        await _done(api, "/begin_weight_update", {}, timeout_s)
 
     async def receive(self, api: ServerApi, tensors: Mapping[str, tuple[str, list[int]]], timeout_s: float) -> None:
         body = {
@@ -166,16 +204,12 @@ class Sglang:
         await _done(api, "/update_weights_from_distributed", body, timeout_s)
 
     async def end_receiving(self, api: ServerApi, timeout_s: float) -> None:
-        await api.post("/flush_cache", {}, QUICK_S)
+        await _done(api, "/end_weight_update", {}, timeout_s)
+        await api.tell("/flush_cache", QUICK_S)
 
     async def leave(self, api: ServerApi) -> None:
+        await unless_refused(api.post("/end_weight_update", {}, QUICK_S), (400,))  # where none is open
         await api.post("/destroy_weights_update_group", {"group_name": NAME}, QUICK_S)
-
-
-async def _either(api: ServerApi, path: str, earlier: str) -> dict[str, Any]:
-    """A route that had another name in earlier releases."""
-    found = await unless_refused(api.get(path, QUICK_S), (404,))
-    return await api.get(earlier, QUICK_S) if found is None else found
 
 
 async def _done(api: ServerApi, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
@@ -188,9 +222,24 @@ def _int32(text: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32).reshape(shape)
 
 
-def _span(span: Any) -> Mapping[str, Any]:
-    """{version, start, end}, which some releases write as a list."""
-    return span if isinstance(span, dict) else dict(zip(("version", "start", "end"), span, strict=True))
+class OtherPlaces(ValueError):
+    """Selected positions that are behind the row that selects."""
+
+
+def positions_of(record: Tensor) -> Tensor:
+    """SGLang's selected positions [rows, L, k] -> ours: in order, what is -1 behind them.
+
+    A row that sees no more than it may select selects all of it; of such rows the record may hold anything, for prompts
+    that short are read by another kernel.
+    """
+    rows, _, width = record.shape
+    short, at = min(rows, width), torch.arange(rows, dtype=record.dtype)[:, None, None]
+    if bool((record[short:] > at[short:]).any()):
+        raise OtherPlaces("a selected position behind the row that selects it")
+    found = ascending(record)
+    every = torch.arange(width, dtype=record.dtype)
+    found[:short] = every.where(every <= at[:short], -1)
+    return found
 
 
 def ascending(positions: Tensor) -> Tensor:

@@ -361,15 +361,20 @@ async def each(servers: list[Server], ask: Callable[[Server], Awaitable[None]]) 
 
 def buckets(net: Transformer, read: Read, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, Tensor]]:
     """The policy's tensors by Hugging Face's names, a few at a time, in `dtype` and on this rank's device. All ranks
-    go through it; the MTP module, which does not learn in RL, is left out."""
+    go through it; the MTP module, which does not learn in RL, is left out.
+
+    A layer's attention is in one bucket, which may be larger for it: SGLang joins some of its matrices (q_a_proj and
+    kv_a_proj_with_mqa, the indexer's wk and weights_proj) as it loads, and drops one that comes without the other.
+    """
     found: dict[str, Tensor] = {}
-    room = max_bytes
+    room, within = max_bytes, ""
     for slot in slots(net, net.config):
         if slot.ours.startswith("mtp.") or slot.is_copy:
             continue
         kept = stored_dtype(slot.hf_name, dtype)
         size = math.prod(slot.shape) * kept.itemsize
-        if found and size > room:
+        before, within = within, slot.hf_name.partition(".self_attn.")[0] if ".self_attn." in slot.hf_name else ""
+        if found and size > room and not (within and within == before):
             yield found
             found, room = {}, max_bytes
         value = read(slot.ours, slot.expert)

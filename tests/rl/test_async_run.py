@@ -24,7 +24,7 @@ from rl.rollout.served import Served
 from tests.rl.models import saved, saying
 from tests.rl.servers.process import ServerProcess
 from tests.rl.test_loop import RL, config, go, rows
-from tests.rl.test_served_run import over, servers
+from tests.rl.test_served_run import NO_MASK, over, servers
 from tests.train import runs, tiny
 from train.checkpoint import newest
 
@@ -116,7 +116,7 @@ def assert_bound(folder: Path, run: RunConfig) -> None:
 def test_weights_change_in_flight_and_every_token_says_whose_it_is(
     protocol: str, world: int, sync: str, parallel: dict[str, int], base: str, tmp_path: Path, seen: Path
 ):
-    with ServerProcess(base, protocol, places=2) as server:  # updates are short beside what two places draw
+    with ServerProcess(base, protocol, places=2, missing=NO_MASK) as server:  # updates are short beside what it draws
         run = config(tmp_path / "run", base, steps=6, parallel=ParallelConfig(**parallel))
         # rates that move the weights far, so that a wrong stamp shows
         run = replace(run, rl=over(protocol, [server], DRAWN, sync=sync), optim=OptimConfig(lr=1e-2, warmup_steps=1))
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_with_what_had_come(base: str, tmp_path: Path, seen
             runs.wait_for(saved)
             os._exit(9)
 
-    with servers(base, "vllm") as found:
+    with servers(base, "vllm", missing=NO_MASK) as found:
         run = replace(config(tmp_path / "run", base, steps=8), rl=over("vllm", found, DRAWN))
         with pytest.raises(AssertionError):
             go(run, 2, die)

@@ -26,6 +26,7 @@ from tests.rl.test_tool_loop import EchoWorld
 from tests.rl.test_tools_run import TOOLS, taken_for_calls, without_calls
 
 DRAWN = replace(RL, record_selection=None, top_p=0.95, top_k=40, mini_batches=2, beta=0.1, reference_refresh=2)
+NO_MASK = ("return_sampling_mask",)  # which vLLM must not be started with where nothing is dropped
 QUICK = ServersConfig(health_s=0.2, dead_s=60.0, address="127.0.0.1")
 
 
@@ -35,9 +36,9 @@ def shorter_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def servers(base: str, *protocols: str) -> Iterator[list[ServerProcess]]:
+def servers(base: str, *protocols: str, missing: tuple[str, ...] = ()) -> Iterator[list[ServerProcess]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(ServerProcess(base, protocol)) for protocol in protocols]
+        yield [stack.enter_context(ServerProcess(base, protocol, missing=missing)) for protocol in protocols]
 
 
 def over(protocol: str, found: list[ServerProcess], drawn: RLConfig = DRAWN, **changes: Any) -> RLConfig:
@@ -161,7 +162,7 @@ def test_trajectories_with_tools_over_servers(base: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(rl.rollout.trajectory, "said_message", without_calls)
     monkeypatch.setattr(rl.offer.Offer, "schemas", lambda *_: [])  # which in bytes are longer than all the rest
     drawn = replace(TOOLS, record_selection=None, mini_batches=1)
-    with ServerProcess(base, "vllm", length=256) as server:
+    with ServerProcess(base, "vllm", length=256, missing=NO_MASK) as server:
         mine = replace(config(tmp_path, base, steps=2), rl=over("vllm", [server], drawn))
         assert go(mine) == ["finished"]
     for row in rows(tmp_path):

@@ -35,6 +35,7 @@ REQUESTS = [
 ]
 RL = RLConfig(temperature=0.9, top_p=0.9, top_k=30, stop=("ab", "c<"))
 QUICK = ServersConfig(health_s=0.05, request_s=20.0, dead_s=5.0)
+NO_MASK = ("return_sampling_mask",)  # with it vLLM says all words of a token where none is dropped
 both = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 
 
@@ -143,10 +144,31 @@ def test_the_samples_are_those_of_the_engine_in_process(protocol: str, base: str
 @both
 def test_the_whole_distribution(protocol: str, base: str):
     rl = RLConfig(temperature=0.7)
-    with served(protocol, base) as servers, asked(protocol, [servers[0].url], base, rl) as engine:
+    with served(protocol, base, missing=NO_MASK) as servers, asked(protocol, [servers[0].url], base, rl) as engine:
         mine = engine.generate(REQUESTS)
     assert_same(mine, native(base, rl))
     assert all(sample.tokens.kept_sets is None for sample in mine)
+
+
+@both
+def test_what_wants_nothing_beside_its_tokens_brings_no_vocabulary_with_each(protocol: str, base: str):
+    """As held-out accuracy is measured, beside a run that wants the kept words."""
+    rl = replace(RL, temperature=1.0, top_p=1.0, top_k=0, keep_routing=False)
+    with served(protocol, base) as servers, asked(protocol, [servers[0].url], base, rl) as engine:
+        mine = engine.generate(REQUESTS)
+        counts = servers[0].protocol.counts
+    if protocol == "vllm":
+        assert counts["/v1/completions"] == len(REQUESTS) + 1 and counts["/inference/v1/generate"] == 1, "the probe's"
+    for one, other in zip(mine, native(base, rl), strict=True):
+        assert (one.tokens.ids, one.finish_reason) == (other.tokens.ids, other.finish_reason)
+        assert one.tokens.behaviour_logprobs == pytest.approx(other.tokens.behaviour_logprobs, abs=1e-5)
+
+
+def test_a_server_that_would_bring_the_vocabulary_with_each_token_is_refused(base: str):
+    with served("vllm", base) as servers:
+        with pytest.raises(UserError, match="start it without --return-sampling-mask"):
+            with asked("vllm", [servers[0].url], base, RLConfig(temperature=0.7)):
+                pass
 
 
 FAULTS: dict[str, dict[str, Any]] = {
@@ -223,6 +245,7 @@ MISSING = {
         "enable_return_routed_experts": "--enable-return-routed-experts",
         "enable_return_indexer_topk": "--enable-return-indexer-topk",
         "processed_logprobs": "SGLANG_RETURN_ORIGINAL_LOGPROB",
+        "unfused_topk": "SGLANG_DSA_FUSE_TOPK=0",
     },
 }
 
@@ -230,6 +253,8 @@ MISSING = {
 @pytest.mark.parametrize(("protocol", "flag"), [(name, flag) for name in MISSING for flag in MISSING[name]])
 def test_a_flag_that_is_missing_is_named(protocol: str, flag: str, base: str):
     rl = replace(RL, record_selection=protocol == "sglang")
+    if protocol == "sglang" and flag == "processed_logprobs":  # where words are dropped it has the sampler's own
+        rl = replace(rl, top_p=1.0, top_k=0)
     with served(protocol, base, missing=(flag,)) as servers:
         with pytest.raises(UserError, match=MISSING[protocol][flag]) as caught:
             with asked(protocol, [servers[0].url], base, rl):
@@ -248,6 +273,14 @@ def test_each_server_is_looked_at_before_the_run_begins(base: str):
         with asked("vllm", ["http://127.0.0.1:9", servers[0].url], base, say=said.append) as engine:
             engine.generate(REQUESTS)
     assert len(said) == 1 and "http://127.0.0.1:9 is out: " in said[0] and "nobody listens" in said[0]
+
+
+@both
+def test_a_server_that_a_dead_trainer_left_paused_is_taken_on(protocol: str, base: str):
+    with served(protocol, base) as servers:
+        servers[0].protocol.decoding.pause("abort").result(10)
+        with asked(protocol, [servers[0].url], base) as engine:
+            assert_same(engine.generate(REQUESTS), native(base))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +353,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 @both
 @pytest.mark.parametrize("cuts", [False, True], ids=["goes on", "comes back cut"])
 def test_what_a_server_breaks_off_is_a_sample_that_was_cut(protocol: str, cuts: bool, endless: str):
-    with served(protocol, endless) as servers, asked(protocol, [servers[0].url], endless, ENDLESS, cuts=cuts) as engine:
+    with (
+        served(protocol, endless, missing=NO_MASK) as servers,
+        asked(protocol, [servers[0].url], endless, ENDLESS, cuts=cuts) as engine,
+    ):
         whole = engine.generate(LONG)
 
         def disturb() -> None:
@@ -347,7 +383,7 @@ def test_what_a_server_breaks_off_is_a_sample_that_was_cut(protocol: str, cuts: 
 @both
 def test_weights_that_change_in_flight_are_stamped_token_by_token(protocol: str, endless: str):
     with (
-        served(protocol, endless) as servers,
+        served(protocol, endless, missing=NO_MASK) as servers,
         asked(protocol, [servers[0].url], endless, ENDLESS, exact=False) as engine,
     ):
         decoding = servers[0].protocol.decoding
@@ -417,7 +453,10 @@ def test_a_check_that_raises_ends_what_is_asked(endless: str):
     def enough(finished: int) -> None:
         raise Enough
 
-    with served("vllm", endless) as servers, asked("vllm", [servers[0].url], endless, ENDLESS) as engine:
+    with (
+        served("vllm", endless, missing=NO_MASK) as servers,
+        asked("vllm", [servers[0].url], endless, ENDLESS) as engine,
+    ):
         decoding = servers[0].protocol.decoding
         before = decoding.num_tokens
         decoding.pause("keep").result(10)

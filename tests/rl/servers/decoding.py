@@ -1,7 +1,7 @@
 """A model that decodes for whoever asks: one thread, one batch that requests join and leave between two tokens.
 
 All that touches the model is a command to that thread, so weights change between two tokens of what is in work, which
-goes on with the cache that the old weights wrote (vLLM's `keep`, SGLang's `in_place`).
+goes on with the cache that the old weights wrote (a real server that is told to forget reads it again).
 """
 
 from __future__ import annotations
@@ -189,6 +189,10 @@ class Decoding:
         return self.call(
             lambda: {name: f"{crc32(value.contiguous().numpy().tobytes()):08x}" for name, value in state.items()}
         )
+
+    @property
+    def has_work(self) -> bool:
+        return self.call(lambda: any(batch.has_work for batch in self._batches.values()))
 
     @property
     def num_tokens(self) -> int:

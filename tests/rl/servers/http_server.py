@@ -41,7 +41,7 @@ LOOK_S = 0.05  # between looks at whether the client is still there
 class Answer(Exception):
     """Any status but 200."""
 
-    def __init__(self, status: int, content: dict[str, Any]) -> None:
+    def __init__(self, status: int, content: dict[str, Any] | str) -> None:
         super().__init__(status)
         self.status, self.content = status, content
 
@@ -57,7 +57,7 @@ class Request:
     wait: Callable[[Work], Any]  # for a request's tokens, unless the client leaves
 
 
-Route = Callable[[Request], dict[str, Any]]
+Route = Callable[[Request], dict[str, Any] | str]  # a str: text that is no JSON
 
 
 @dataclass
@@ -145,8 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # a server's boundary
             self._send(500, {"error": f"{type(error).__name__}: {error}"})
 
-    def _send(self, status: int, content: dict[str, Any], kind: str = "") -> None:
-        body = json.dumps(content).encode()
+    def _send(self, status: int, content: dict[str, Any] | str, kind: str = "") -> None:
+        body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         if kind == "garbled":
             body = b"{" + body
         elif kind == "odd":
@@ -154,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "nan":
             body = re.sub(rb'(logprobs?": \[?)-?\d[\d.e-]*', rb"\1NaN", body)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        if not isinstance(content, str):
+            self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if kind == "half":

@@ -9,6 +9,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -22,20 +23,22 @@ PROTOCOLS = {"vllm": vllm, "sglang": sglang}
 START_S = 120.0
 
 
-def _serve(model: str, protocol: str, port: int, places: int, length: int) -> None:
+def _serve(model: str, protocol: str, port: int, places: int, length: int, missing: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    HttpServer(PROTOCOLS[protocol](Decoding(model, places, length)), port)._thread.join()
+    HttpServer(PROTOCOLS[protocol](Decoding(model, places, length), missing), port)._thread.join()
 
 
 class ServerProcess:
-    """A context manager. model: Hugging Face folder; length: max_model_len."""
+    """A context manager. model: Hugging Face folder; length: max_model_len; missing: see the protocols."""
 
-    def __init__(self, model: str, protocol: str, places: int = 16, length: int = 128) -> None:
+    def __init__(
+        self, model: str, protocol: str, places: int = 16, length: int = 128, missing: Sequence[str] = ()
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
-        self._arguments = (model, protocol, port, places, length)
+        self._arguments = (model, protocol, port, places, length, missing)
         self.process: Any = None
 
     def __enter__(self) -> Self:

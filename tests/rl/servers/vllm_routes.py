@@ -1,4 +1,4 @@
-"""vLLM 0.33's routes, as far as a trainer uses them."""
+"""vLLM 0.33's routes, as far as a trainer uses them, after its source: what it answers, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.generate import Sampling
+from model.generate import Generation, Sampling
 from rl.rollout.broadcast import TorchGroup
 from tests.rl.servers.decoding import Decoding
 from tests.rl.servers.http_server import Answer, Protocol, Request
@@ -23,15 +23,20 @@ FLAGS = ("processed_logprobs", "return_sampling_mask", "enable_return_routed_exp
 def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSION) -> Protocol:
     """`missing`: of FLAGS, what it was started without."""
     group: list[TorchGroup] = []
+    updating: list[bool] = []  # an update is open
 
-    def generate(request: Request) -> dict[str, Any]:
+    def failed(status: int, message: str) -> Answer:
+        return Answer(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
+
+    def draw(request: Request, ids: list[int], params: dict[str, Any]) -> tuple[dict[str, Any], Generation]:
+        """What a choice of either route holds."""
         if decoding.paused in ("abort", "wait"):
-            raise Answer(503, {"error": {"message": "generation is paused"}})
-        body, params = request.body, request.body["sampling_params"]
-        drops = params.get("top_p", 1.0) < 1 or params.get("top_k", 0) > 0
+            raise failed(503, "generation is paused")
+        if not 0 <= params["temperature"] <= 2:
+            raise failed(400, f"temperature must be in [0, 2], got {params['temperature']}.")
         work = decoding.submit(
-            body.get("request_id") or uuid.uuid4().hex,
-            body["token_ids"],
+            uuid.uuid4().hex,
+            ids,
             params["seed"],
             params.get("max_tokens", 16),
             Sampling(params.get("temperature", 1.0), params.get("top_p", 1.0), max(0, params.get("top_k", 0))),
@@ -41,19 +46,12 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
         found, spans = request.wait(work)
         if protocol.fault("other_weights"):
             spans = [("nobody-7", start, end) for _, start, end in spans]
-        shift = 0.5 if "processed_logprobs" in missing else 0.0
-        entries = [
-            {"token_id": word, "logprob": value - shift, "rank": None, "top_logprobs": []}
-            for word, value in zip(found.ids, found.logprobs, strict=True)
-        ]
         choice = {
             "index": 0,
             "finish_reason": found.finish_reason,
             "stop_reason": None,
             "token_ids": found.ids,
-            "logprobs": None if params.get("logprobs") is None else {"content": entries},
             "routed_experts": None,
-            "sampling_mask": None,
             "weight_versions": [{"version": label, "start": start, "end": end} for label, start, end in spans],
         }
         if found.experts is not None and "enable_return_routed_experts" not in missing:
@@ -62,9 +60,37 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
             file = io.BytesIO()
             np.save(file, whole)
             choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
-        if "return_sampling_mask" not in missing and drops:
-            choice["sampling_mask"] = found.kept
-        return {"request_id": work.id, "choices": [choice]}
+        return choice, found
+
+    def generate(request: Request) -> dict[str, Any]:
+        params = request.body["sampling_params"]
+        choice, found = draw(request, request.body["token_ids"], params)
+        shift = 0.5 if "processed_logprobs" in missing else 0.0
+        drawn = [
+            {"token_id": word, "logprob": value - shift, "rank": 1}
+            for word, value in zip(found.ids, found.logprobs, strict=True)
+        ]
+        content = [entry | {"top_logprobs": [entry]} for entry in drawn]
+        choice["logprobs"] = None if params.get("logprobs") is None else {"content": content}
+        choice["sampling_mask"] = None
+        if "return_sampling_mask" not in missing and found.ids:  # of every request, whatever it drops
+            whole = list(range(decoding.net.config.vocab_size))
+            choice["sampling_mask"] = found.kept or [whole] * len(found.ids)
+        return {"request_id": uuid.uuid4().hex, "output_mode": "tokens", "choices": [choice]}
+
+    def completions(request: Request) -> dict[str, Any]:
+        body = request.body
+        if len(body.get("stop") or ()) > 4:
+            raise failed(400, "1 validation error: stop")
+        choice, found = draw(request, body["prompt"], body)
+        choice["text"] = ""
+        if body.get("logprobs") is not None:
+            choice["logprobs"] = {"token_logprobs": found.logprobs, "tokens": [], "top_logprobs": [], "text_offset": []}
+        if not body.get("return_token_ids"):
+            choice["token_ids"] = None
+        if not body.get("return_weight_versions"):
+            choice["weight_versions"] = None
+        return {"id": uuid.uuid4().hex, "object": "text_completion", "choices": [choice]}
 
     def pause(request: Request) -> dict[str, Any]:
         decoding.pause(request.query.get("mode", "abort")).result(60)
@@ -78,10 +104,13 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
         return {"status": "aborted", "aborted": decoding.abort(request.body.get("request_ids") or None)}
 
     def collective_rpc(request: Request) -> dict[str, Any]:
+        if request.body["method"] == "update_config":
+            assert request.body["kwargs"]["overrides"] == {"load_config": {"load_format": "auto"}}
+            return {"results": [None]}
         if request.body["method"] != "reload_weights":
-            raise Answer(400, {"error": f"no method {request.body['method']}"})
+            raise failed(500, f"no method {request.body['method']}")
         if protocol.fault("refuse_weights"):
-            raise Answer(500, {"error": "no weights"})
+            raise failed(500, "no weights")
         decoding.load(request.body["kwargs"]["weights_path"], decoding.label)
         spoil(protocol)
         return {"results": [None]}
@@ -95,25 +124,46 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
 
     def join(request: Request) -> dict[str, Any]:
         info = request.body["init_info"]
-        leave(request)
+        while group:
+            group.pop().close()
         group.append(
             TorchGroup(info["master_address"], info["master_port"], info["rank_offset"], info["world_size"], "gloo", 20)
         )
         return {"message": "Weight transfer initialized"}
 
     def leave(request: Request) -> dict[str, Any]:
+        if updating:
+            raise failed(500, "Cannot release a trainer connection during a weight update")
         while group:
             group.pop().close()
-        return {}
+        return {"message": "Weight transfer shut down"}
+
+    def start(request: Request) -> dict[str, Any]:
+        if updating:
+            raise failed(500, "start_weight_update called while a weight update is already active")
+        updating.append(True)
+        return {"message": "Weight update started"}
 
     def receive(request: Request) -> dict[str, Any]:
+        if not updating:
+            raise failed(500, "start_weight_update must be called before update_weights.")
         if protocol.fault("refuse_weights"):
-            raise Answer(500, {"error": "no weights"})
+            updating.clear()
+            raise failed(500, "no weights")
         info = request.body["update_info"]
         decoding.write(received(group[0], info["names"], info["dtype_names"], info["shapes"]))
         return {"message": "Weights updated"}
 
+    def forget(request: Request) -> dict[str, Any]:
+        if decoding.has_work and request.query.get("reset_running_requests") != "true":
+            return {"success": False}
+        decoding.forget()
+        return {"success": True}
+
     def finish(request: Request) -> dict[str, Any]:
+        if not updating:
+            raise failed(500, "finish_weight_update called without a matching start_weight_update.")
+        updating.clear()
         if request.body.get("weight_version"):
             decoding.relabel(request.body["weight_version"])
         spoil(protocol)
@@ -122,7 +172,8 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
     routes = {
         "GET /health": lambda request: {},
         "GET /version": lambda request: {"version": version},
-        f"POST {'/inference/v1/generate'}": generate,
+        "POST /inference/v1/generate": generate,
+        "POST /v1/completions": completions,
     }
     if "dev_mode" not in missing:
         routes |= {
@@ -131,13 +182,13 @@ def vllm(decoding: Decoding, missing: Collection[str] = (), version: str = VERSI
             "GET /is_paused": lambda request: {"is_paused": bool(decoding.paused)},
             "POST /abort_requests": abort,
             "POST /collective_rpc": collective_rpc,
-            "POST /reset_prefix_cache": lambda request: decoding.forget() or {},
+            "POST /reset_prefix_cache": forget,
             "POST /update_weight_version": relabel,
             "GET /weight_info": lambda request: {"weight_version": decoding.label},
             "POST /weight_checker": checker,
             "GET /get_world_size": lambda request: {"world_size": 1},
             "POST /init_weight_transfer_engine": join,
-            "POST /start_weight_update": lambda request: {"message": "Weight update started"},
+            "POST /start_weight_update": start,
             "POST /update_weights": receive,
             "POST /finish_weight_update": finish,
             "POST /shutdown_weight_transfer_engine": leave,
