@@ -33,16 +33,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f .venv/.installed-*
 	@touch $@
 
-# Tests that start no other process and watch no clock; two files at a time halve their wait.
-ALONE = tests/model tests/data tests/conf
-# One thread a process: more only contend with each other.
+# Two files at a time, for tests wait a good deal; one thread a process, for more only contend with each other.
 test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ALONE)
-	$(BIN)/python -m pytest -q --ignore=tests/test_architecture.py $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/test_architecture.py
 
 demo: setup
 	$(BIN)/python launch/demo.py $(if $(filter short,$(DEMO)),--short)
