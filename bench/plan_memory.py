@@ -21,11 +21,12 @@ from torch import Tensor
 from conf.schema import ModelConfig, RunConfig
 from model import Transformer
 from train import distributed
-from train.engine import Engine
-from train.loop import run_step
+from train.engine_base import EngineBase
+from train.loop import make_engine, run_step
 from train.optim import build_optimizer, select_trainable
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
+from train.parallel.pp import PipelineParallel
 from train.parallel.zero3 import Zero3
 from train.stages import STAGES, resolve_rates
 from train.start import op_settings
@@ -68,17 +69,20 @@ class Training:
     def __init__(self, config: RunConfig) -> None:
         stage = STAGES[config.stage]
         optim = resolve_rates(stage, config.optim, config.model.hidden_size)
-        self.cp, ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
+        parallel = config.parallel
+        pp = PipelineParallel(parallel.pp, parallel.pp_schedule, config.model)
+        self.cp, ep = ContextParallel(parallel.cp, parallel.pp), ExpertParallel(parallel.ep, parallel.pp)
         with torch.device("meta"):
             net = Transformer(config.model)
+        pp.cut(net)
         ep.cut(net)
-        net.init_weights(0, Zero3(optim, config.parallel) if config.parallel.zero == 3 else None)
+        net.init_weights(0, Zero3(optim, parallel) if parallel.zero == 3 else None)
         net.activation_checkpointing = config.train.activation_checkpointing
         net.use(op_settings(config, distributed.device()))
         select_trainable(net, stage)
-        optimizer = build_optimizer(net, optim, fused=config.parallel.offload != "none")
+        optimizer = build_optimizer(net, optim, fused=parallel.offload != "none")
         self.net = net
-        self.engine = Engine(net, optimizer, optim, config.parallel, config.precision.name)
+        self.engine = make_engine(net, optimizer, replace(config, optim=optim), pp, ep)
         self.context: Any = SimpleNamespace(stage=stage, config=config, cp=self.cp, stop_asked=False)
 
     def step(self) -> None:
@@ -104,7 +108,7 @@ class Training:
 class Marks:
     """The high-water mark of each phase: forward, backward (with what reduces gradients), step."""
 
-    def __init__(self, engine: Engine, baseline: int) -> None:
+    def __init__(self, engine: EngineBase, baseline: int) -> None:
         self.baseline, self.found = baseline, dict.fromkeys(PHASES, 0)
         for phase in PHASES:
             setattr(engine, phase, self._marked(phase, getattr(engine, phase)))

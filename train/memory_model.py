@@ -355,19 +355,6 @@ def _input_bytes(job: Job) -> int:
     return FP32 * job.shape.rows * job.model.hidden_size
 
 
-def _cached_copies(job: Job, block: Block) -> float:
-    """Autocast keeps its narrow copy of every linear's weight until the forward ends, checkpointed or not; experts and
-    kv_b_proj are narrowed by hand and not kept."""
-    if job.precision != "bf16" or not job.shape.trunk or not block.is_layer:
-        return 0.0
-    shape, model = job.shape, job.model
-    experts = 3 * model.hidden_size * model.moe_intermediate_size * shape.experts * shape.b
-    values = model.num_attention_heads * model.v_head_dim * model.kv_lora_rank * shape.b
-    by_hand = (values if shape.stage.attention == "sparse" else 0) + experts
-    copies = block.kept.get("weight_copies", 0)
-    return float(copies - by_hand if copies > experts else copies)  # a dense layer has none
-
-
 def _walked(job: Job, own: Held, place: int, tally: Tally) -> list[Block]:
     """Adds what a whole forward leaves, noting its fullest moment."""
     blocks = _blocks(job, own, place)
@@ -381,8 +368,6 @@ def _walked(job: Job, own: Held, place: int, tally: Tally) -> list[Block]:
     for block in blocks:
         for kind, count in _left(job, block).items():
             tally.add(kind, count)
-        if job.checkpointing and block.is_layer:
-            tally.add("weight_copies", _cached_copies(job, block))
         tally.look(workspace=block.forward)
     return blocks
 
@@ -416,9 +401,6 @@ def _backward(job: Job, own: Held, place: int) -> Tally:
     if job.sequences > 1:
         _earlier_gradients(job, own, tally)
     blocks = _walked(job, own, place, tally)
-    tally.now["weight_copies"] -= (
-        sum(_cached_copies(job, block) for block in blocks if block.is_layer) if job.checkpointing else 0
-    )
     tally.best = {}
     zero, bucket, made = job.parallel.zero, _bucket(job, own), 0
     accumulates = job.sequences > 1 and zero < 2
