@@ -102,6 +102,9 @@ def ask(argv: Sequence[str], as_is: bool, hidden: float) -> Question:
     filled: list[str] = []
     if STAGES[config.stage].runner == "evaluate":
         raise UserError("+stage=evaluate trains nothing: plan a stage that trains")
+    schedule = config.parallel.pp_schedule
+    if schedule != "1f1b":
+        raise UserError(f"parallel.pp_schedule={schedule} is not planned, 1f1b alone is: leave it out for the plan")
     if not as_is:
         config, filled = fill_in(config, cluster, overrides)
     layers = config.model.num_hidden_layers

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from train.activations import FP32, INT64
-from train.memory_model import WINDOW, Job, on_stage
+from train.memory_model import WINDOW, Job, on_floor
 from train.parameters import Parameter, parameters
 
 FP64 = 8
@@ -74,11 +74,11 @@ def forwards(job: Job) -> int:
     return 2 if job.checkpointing and job.stage.trains_trunk else 1
 
 
-def weights(job: Job, place: int = 0) -> list[Weight]:
-    """Those of a pipeline stage that ranks share."""
+def weights(job: Job, floor: int = 0) -> list[Weight]:
+    """Those of a floor that its ranks share."""
     found, stage = [], job.stage
     for p in parameters(job.model):
-        if not on_stage(p, job.model, job.pp, place):
+        if not on_floor(p, job.model, job.pp, floor):
             continue
         ep, uses = job.parallel.ep if p.is_expert else 1, 1
         if p.name.startswith("embed_tokens"):
@@ -109,9 +109,9 @@ def gathers(weight: Weight, job: Job, fits: bool) -> int:
     return job.sequences * (forward + (backward if weight.trains else 0))
 
 
-def zero_flows(job: Job, place: int = 0, window: int = WINDOW) -> Iterator[Flow]:
+def zero_flows(job: Job, floor: int = 0, window: int = WINDOW) -> Iterator[Flow]:
     """Gradients and parameters, fp32 under any precision. `window`: values that ZeRO-3 keeps between two uses."""
-    shared, zero = weights(job, place), job.parallel.zero
+    shared, zero = weights(job, floor), job.parallel.zero
     fits = sum(weight.size for weight in shared) <= window
     for (stride, ranks), members in _by(shared, lambda weight: (weight.stride, weight.ranks)):
         trained = [weight for weight in members if weight.trains]
@@ -137,7 +137,7 @@ def _by(items: list[Weight], key: Callable[[Weight], Any]) -> Iterator[tuple[Any
 
 
 def layers_of(job: Job) -> tuple[int, int]:
-    """(layers, MoE layers among them) that a micro-batch passes, MTP's included, of the fullest pipeline stage."""
+    """(layers, MoE layers among them) that a micro-batch passes, MTP's included, of the fullest floor."""
     model = job.model
     layers = -(-model.num_hidden_layers // job.pp) + (model.num_mtp_layers if job.with_mtp else 0)
     dense = model.first_k_dense_replace if job.pp == 1 else 0
@@ -185,7 +185,7 @@ def ep_flows(job: Job, rows: int | None = None) -> Iterator[Flow]:
 
 
 def pp_flows(job: Job) -> Iterator[Flow]:
-    """Hidden states to the next pipeline stage and their gradients back, fp32, of a stage between two others."""
+    """Hidden states to the next floor and their gradients back, fp32, of a floor between two others."""
     if job.pp == 1:
         return
     size = job.sequences * job.shape.rows * job.model.hidden_size * FP32

@@ -17,6 +17,7 @@ from conf.schema import ModelConfig, ParallelConfig
 from train import activations
 from train.activations import FP32, Shape
 from train.ds_config import MAX_BUCKET
+from train.parallel.depth import cut_in_depth
 from train.parameters import Parameter, parameters
 from train.stages import STAGES, Stage
 
@@ -51,7 +52,7 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """That share a pipeline stage's parameters."""
+        """That share a floor's parameters."""
         return self.world // self.pp
 
     @property
@@ -113,7 +114,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Held:
-    """Values of one pipeline stage on a rank before ZeRO cuts them: (`whole`, kept on `ranks` ranks) by group of the
+    """Values of one floor on a rank before ZeRO cuts them: (`whole`, kept on `ranks` ranks) by group of the
     optimiser, and those that a layer owns."""
 
     groups: dict[tuple[bool, bool, bool, bool], int]  # (trains, indexer, matrix, expert)
@@ -124,28 +125,21 @@ class Held:
         return sum(size for key, size in self.groups.items() if trains is None or key[0] == trains)
 
 
-def stage_layers(model: ModelConfig, pp: int, place: int) -> range:
-    """Main layers of pipeline stage `place`; the first stages have one more where they do not divide."""
-    each, more = divmod(model.num_hidden_layers, pp)
-    start = place * each + min(place, more)
-    return range(start, start + each + (place < more))
-
-
-def on_stage(p: Parameter, model: ModelConfig, pp: int, place: int) -> bool:
-    """The first stage has the embedding, the last the head, MTP and a copy of the embedding for it."""
-    last, first = place == pp - 1, place == 0
+def on_floor(p: Parameter, model: ModelConfig, pp: int, floor: int) -> bool:
+    """The first floor has the embedding, the last the head, MTP and a copy of the embedding for it."""
+    last, first = floor == pp - 1, floor == 0
     if p.layer is None:
         return first or (last and model.num_mtp_layers > 0) if p.name.startswith("embed") else last
-    return last if p.layer >= model.num_hidden_layers else p.layer in stage_layers(model, pp, place)
+    return last if p.layer >= model.num_hidden_layers else p.layer in cut_in_depth(model, pp)[floor]
 
 
 @cache
-def held(model: ModelConfig, stage: Stage, ep: int, pp: int, place: int) -> Held:
+def held(model: ModelConfig, stage: Stage, ep: int, pp: int, floor: int) -> Held:
     groups: dict[tuple[bool, bool, bool, bool], int] = {}
     layers: dict[int | None, int] = {}
     largest = 0
     for p in parameters(model):
-        if not on_stage(p, model, pp, place):
+        if not on_floor(p, model, pp, floor):
             continue
         size, trains = p.size // (ep if p.is_expert else 1), p.trains(stage)
         key = (trains, p.is_indexer, len(p.shape) > 1, p.is_expert and ep > 1)
@@ -157,16 +151,16 @@ def held(model: ModelConfig, stage: Stage, ep: int, pp: int, place: int) -> Held
 
 
 def predict(job: Job) -> Memory:
-    """The fullest pipeline stage's fullest moment."""
-    places = {0, job.pp - 1}
-    return max((_stage_memory(job, place) for place in sorted(places)), key=lambda memory: memory.total)
+    """The fullest floor's fullest moment."""
+    floors = {0, job.pp - 1}
+    return max((_floor_memory(job, floor) for floor in sorted(floors)), key=lambda memory: memory.total)
 
 
-def _stage_memory(job: Job, place: int) -> Memory:
-    own = held(job.model, job.stage, job.parallel.ep, job.pp, place)
+def _floor_memory(job: Job, floor: int) -> Memory:
+    own = held(job.model, job.stage, job.parallel.ep, job.pp, floor)
     phases = {
-        "forward": _forward(job, own, place),
-        "backward": _backward(job, own, place),
+        "forward": _forward(job, own, floor),
+        "backward": _backward(job, own, floor),
         "step": _step(job, own),
     }
     if job.samples:
@@ -267,12 +261,12 @@ class Block:
     is_layer: bool = True
 
 
-def _blocks(job: Job, own: Held, place: int) -> list[Block]:
+def _blocks(job: Job, own: Held, floor: int) -> list[Block]:
     model, shape = job.model, job.shape
-    last = place == job.pp - 1
+    last = floor == job.pp - 1
     found = [
         _layer_block(job, own, number, number >= model.first_k_dense_replace)
-        for number in stage_layers(model, job.pp, place)
+        for number in cut_in_depth(model, job.pp)[floor]
     ]
     if last and job.stage.lm_loss:
         found.append(_head_block(job, own))
@@ -346,21 +340,21 @@ def _head_block(job: Job, own: Held) -> Block:
     return Block(kept, forward, backward, own.layers.get(None, 0) // 2 if shape.trunk else 0, is_layer=False)
 
 
-def _in_flight(job: Job, place: int) -> int:
-    """Micro-batches whose activations a pipeline stage holds under 1F1B."""
-    return min(job.sequences, job.pp - place)
+def _in_flight(job: Job, floor: int) -> int:
+    """Micro-batches whose activations a floor holds under 1F1B."""
+    return min(job.sequences, job.pp - floor)
 
 
 def _input_bytes(job: Job) -> int:
     return FP32 * job.shape.rows * job.model.hidden_size
 
 
-def _walked(job: Job, own: Held, place: int, tally: Tally) -> list[Block]:
+def _walked(job: Job, own: Held, floor: int, tally: Tally) -> list[Block]:
     """Adds what a whole forward leaves, noting its fullest moment."""
-    blocks = _blocks(job, own, place)
+    blocks = _blocks(job, own, floor)
     tally.add("buffers", _gathered(job, own))
     tally.add("activations", activations.shared(job.shape))
-    waiting = _in_flight(job, place) - 1
+    waiting = _in_flight(job, floor) - 1
     if waiting:
         for block in blocks:
             for kind, count in _left(job, block).items():
@@ -380,11 +374,11 @@ def _left(job: Job, block: Block) -> dict[str, float]:
     return dict(block.kept)
 
 
-def _forward(job: Job, own: Held, place: int) -> Tally:
+def _forward(job: Job, own: Held, floor: int) -> Tally:
     tally = _state(job, own)
     if job.sequences > 1:
         _earlier_gradients(job, own, tally)
-    _walked(job, own, place, tally)
+    _walked(job, own, floor, tally)
     return tally
 
 
@@ -396,11 +390,11 @@ def _earlier_gradients(job: Job, own: Held, tally: Tally) -> None:
         tally.add("gradients", FP32 * _cut(job, own, trains=True))
 
 
-def _backward(job: Job, own: Held, place: int) -> Tally:
+def _backward(job: Job, own: Held, floor: int) -> Tally:
     tally = _state(job, own)
     if job.sequences > 1:
         _earlier_gradients(job, own, tally)
-    blocks = _walked(job, own, place, tally)
+    blocks = _walked(job, own, floor, tally)
     tally.best = {}
     zero, bucket, made = job.parallel.zero, _bucket(job, own), 0
     accumulates = job.sequences > 1 and zero < 2

@@ -84,6 +84,7 @@ def test_rollouts_of_a_small_policy_are_its_own(tmp_path: Path) -> None:
         ((*V3_2, "parallel.zero=0", "parallel.ep=64"), "parallel.ep=64 needs ZeRO"),
         ((*V3_2, "parallel.zero=1", "parallel.pp=3"), "parallel.pp=3 must divide gpus=2048"),
         ((*V3_2, "parallel.zero=3", "parallel.pp=4"), "parallel.pp=4 goes with parallel.zero=1 alone"),
+        ((*V3_2, "parallel.pp=4", "parallel.pp_schedule=zbv"), "parallel.pp_schedule=zbv is not planned"),
         (("+stage=evaluate", "cluster=h100"), "+stage=evaluate trains nothing"),
         (("cluster=h100",), "no stage is given"),
         ((*V3_2, "--serch"), "--serch is no option"),
