@@ -43,10 +43,8 @@ def jobs() -> list[Job]:
     model, found = v3_2(), []
     for name, precision, zero, ep, cp, pp, checkpointing in LAYOUTS:
         sequences = max(1, STEP_SEQUENCES[name] * cp * pp // 2048)
-        parallel = ParallelConfig(zero=zero, ep=ep, cp=cp)
-        found.append(
-            Job(model, STAGES[name], parallel, 2048, LENGTH, precision, sequences, checkpointing, True, pp)
-        )  # fmt: skip
+        parallel = ParallelConfig(zero=zero, ep=ep, cp=cp, pp=pp)
+        found.append(Job(model, STAGES[name], parallel, 2048, LENGTH, precision, sequences, checkpointing, True))
     return found
 
 

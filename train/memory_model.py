@@ -36,7 +36,7 @@ KINDS = ("weights", "gradients", "optimiser", "activations", "indexer", "weight_
 @dataclass(frozen=True)
 class Job:
     """A stage's step in a layout. `world`: processes; `sequences` of `seq_len` tokens that a replica takes in a step;
-    `pp`: pipeline stages, 1F1B; `fused`: on GPUs, with the Triton kernels."""
+    `fused`: on GPUs, with the Triton kernels. In depth only 1F1B is known."""
 
     model: ModelConfig
     stage: Stage
@@ -47,8 +47,11 @@ class Job:
     sequences: int = 1
     checkpointing: bool = False
     fused: bool = False
-    pp: int = 1
     samples: int = 0  # RL: that a rank draws at a time with its own sampler; 0: servers draw them
+
+    @property
+    def pp(self) -> int:
+        return self.parallel.pp
 
     @property
     def ranks(self) -> int:

@@ -55,6 +55,19 @@ def test_as_it_is_fills_in_nothing(tmp_path: Path) -> None:
     assert found["memory"]["outside"] == 0  # no GPU
 
 
+def test_as_it_is_in_depth(tmp_path: Path) -> None:
+    layout = ("parallel.pp=4", "parallel.ep=2", "train.micro_batches=6")
+    status, found = plan(tmp_path, "+stage=sparse_adapt", "cluster=h100", *layout, "--as-is")
+    assert status == 0 and found["filled"] == [] and found["seq_len"] == 512
+    wanted = "parallel.zero=1 parallel.ep=2 parallel.cp=1 parallel.pp=4 train.micro_batches=6"
+    assert found["settings"] == wanted and found["step"]["tokens"] == 2 * 6 * 512  # two replicas
+
+
+def test_a_layout_in_depth_takes_as_many_micro_batches_as_floors(tmp_path: Path) -> None:
+    _, found = plan(tmp_path, "+stage=pretrain", "model=small", "cluster=h800_2048", "parallel.pp=4", "gpus=2048")
+    assert "train.micro_batches=4" in found["settings"]
+
+
 def test_what_does_not_fit_is_planned_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = plan(tmp_path, *V3_2, "parallel.zero=1")
     assert status == 1 and not found["fits"] and "DOES NOT FIT" in capsys.readouterr().out
@@ -82,8 +95,13 @@ def test_rollouts_of_a_small_policy_are_its_own(tmp_path: Path) -> None:
         ((*V3_2, "paralel.zero=3"), "unknown key paralel.zero: did you mean parallel.zero?"),
         ((*V3_2, "parallel.zero=3", "parallel.ep=48"), "parallel.ep=48 does not divide"),
         ((*V3_2, "parallel.zero=0", "parallel.ep=64"), "parallel.ep=64 needs ZeRO"),
-        ((*V3_2, "parallel.zero=1", "parallel.pp=3"), "parallel.pp=3 must divide gpus=2048"),
-        ((*V3_2, "parallel.zero=3", "parallel.pp=4"), "parallel.pp=4 goes with parallel.zero=1 alone"),
+        ((*V3_2, "parallel.zero=1", "parallel.pp=3"), "parallel.pp=3 does not divide the world of 2048"),
+        ((*V3_2, "parallel.zero=3", "parallel.pp=4"), "parallel.pp=4 has an optimiser of its own"),
+        ((*V3_2, "parallel.pp=64"), "cuts the model into 64 parts and model.num_hidden_layers=61"),
+        ((*V3_2, "parallel.pp=0"), "parallel.pp=0"),
+        ((*V3_2, "parallel.pp=16", "train.micro_batches=8"), "give train.micro_batches=16"),
+        ((*V3_2, "parallel.pp=2", "--as-is"), "give train.micro_batches=2"),
+        (("+stage=grpo", *V3_2[1:], "parallel.pp=2"), "parallel.pp=2 is not supported in stage grpo"),
         ((*V3_2, "parallel.pp=4", "parallel.pp_schedule=zbv"), "parallel.pp_schedule=zbv is not planned"),
         (("+stage=evaluate", "cluster=h100"), "+stage=evaluate trains nothing"),
         (("cluster=h100",), "no stage is given"),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from conf.hardware import Cluster, load_cluster
 from conf.load import load
 from conf.schema import ModelConfig, ParallelConfig
+from conf.validate import offload as offload_rule
+from conf.validate import sequence_fits, stage_layout, world_divides
+from conf.validate_pipeline import PIPELINE_RULES
 from tests.train import tiny
 from train.budgets import PAPER_TOKENS, PRETRAIN_LENGTH, PRETRAIN_TOKENS, RL_SHARE, budgets, rl_tokens
 from train.communication import Flow, flows
@@ -78,7 +82,7 @@ def test_waiting_is_what_is_not_hidden(v3_2: ModelConfig, h800: Cluster) -> None
 
 
 def test_the_bubble_of_1f1b(v3_2: ModelConfig, h800: Cluster) -> None:
-    job = replace(adapt(v3_2, zero=1, cp=16), pp=16, sequences=60)
+    job = replace(adapt(v3_2, zero=1, cp=16, pp=16), sequences=60)
     found = predict_step(job, h800)
     assert found.bubble == pytest.approx(15 / 60 * (sum(found.compute.values()) + found.waiting))
     assert any(flow.what == "hidden states" for flow in flows(job))
@@ -113,10 +117,30 @@ def test_layouts_are_those_that_the_stage_takes(v3_2: ModelConfig) -> None:
         parallel = job.parallel
         assert job.world % parallel.ep == 0 == job.world % parallel.cp and 131072 % (2 * parallel.cp) == 0
         assert not (parallel.zero == 0 and parallel.ep > 1)
+        assert parallel.pp == 1 or (parallel.zero, parallel.offload) == (1, "none") and job.sequences >= parallel.pp
     cpu = adapt(v3_2, offload="cpu", offload_parameters=True)
     assert {one.parallel.zero for one in candidates(cpu, 480, {"offload": "cpu"})} == {3}
     assert leanest(replace(tried[0], seq_len=1000), 16, {}) is None, "2,048 processes cannot share so short rows"
     assert {job.checkpointing for job in candidates(replace(tried[0], stage=STAGES["dense_warmup"]), 16, {})} == {False}
+
+
+@pytest.mark.parametrize("stage", ["sparse_adapt", "grpo"])
+def test_what_is_tried_is_what_a_run_accepts(stage: str) -> None:
+    """All of the small layouts, against the rules of launch/stage.py for layouts (all of them take 0.2 s a layout)."""
+    rules = (sequence_fits, world_divides, stage_layout, offload_rule, *PIPELINE_RULES)
+    config = load([f"+stage={stage}", "data.seq_len=48", "rl.prompts_per_step=8"]).config
+    world, micro_batches = 8, 2
+    base = Job(config.model, STAGES[stage], config.parallel, world, 48, sequences=micro_batches)
+    tried = {one.parallel for one in candidates(base, 16, {"sequences": micro_batches, "checkpointing": False})}
+    degrees = (1, 2, 4, 8)
+    ways = product((0, 1, 2, 3), degrees, degrees, degrees, ("none", "cpu"))
+    for zero, ep, cp, pp, offload in ways:
+        parallel = replace(config.parallel, zero=zero, ep=ep, cp=cp, pp=pp, offload=offload)
+        train = replace(config.train, micro_batches=micro_batches)
+        given = replace(config, parallel=parallel, train=train)
+        refused = [message for rule in rules for message in rule(given, world)]
+        assert (parallel in tried) == (refused == []), (parallel, refused)
+    assert len(tried) > 30
 
 
 def test_budgets_of_the_paper(v3_2: ModelConfig, h800: Cluster) -> None:

@@ -92,7 +92,7 @@ def test_later_micro_batches_find_gradients() -> None:
 def test_floors() -> None:
     model = load(["+stage=pretrain", "model=deepseek_v3_2"]).config.model
     whole = Job(model, STAGES["sparse_adapt"], ParallelConfig(zero=1, ep=64, cp=16), 1024, 131072, fused=True)
-    split = replace(whole, world=16384, pp=16, sequences=64)
+    split = replace(whole, world=16384, parallel=replace(whole.parallel, pp=16), sequences=64)
     assert predict(split).kinds["weights"] < 0.12 * predict(whole).kinds["weights"]
     few = replace(split, sequences=2)  # fewer micro-batches than stages: fewer in flight
     assert predict(few).kinds["activations"] < 0.2 * predict(split).kinds["activations"]
