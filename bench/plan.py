@@ -9,6 +9,7 @@ high-water mark of training processes, phase by phase; bench/plan_memory.py says
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from conf.load import load
 from conf.schema import ModelConfig, RunConfig
 from model import Transformer
 from train.flops import Row, row_flops
-from train.memory_model import Job, predict
+from train.memory_model import Job, Memory, predict_floor
 from train.stages import STAGES
 
 TOLERANCE = 0.1  # of the measured peak
@@ -52,6 +53,12 @@ MEMORY: tuple[tuple[int, tuple[str, ...]], ...] = (  # processes, settings besid
     (2, ("+stage=sparse_adapt", "parallel.zero=2", "parallel.ep=2", "data.seq_len=512")),
     (2, ("+stage=sparse_adapt", "parallel.zero=3", "data.seq_len=512")),
     (2, ("+stage=sparse_adapt", "parallel.zero=3", "parallel.ep=2", "parallel.cp=2", "data.seq_len=1024")),
+    (2, ("+stage=pretrain", "parallel.pp=2", "train.micro_batches=3", "data.seq_len=1024", *FEW)),
+    (2, ("+stage=sparse_adapt", "parallel.pp=2", "train.micro_batches=4", "data.seq_len=512", "precision=bf16")),
+    (2, ("+stage=dense_warmup", "parallel.pp=2", "train.micro_batches=4", "data.seq_len=1024")),
+    (4, ("+stage=sparse_adapt", "parallel.pp=2", "parallel.ep=2", "train.micro_batches=4", "data.seq_len=512")),
+    (4, ("+stage=sparse_adapt", "parallel.pp=2", "parallel.cp=2", "train.micro_batches=4", "data.seq_len=1536", *FEW)),
+    (4, ("+stage=pretrain", "parallel.pp=4", "train.micro_batches=6", "data.seq_len=1024", *AGAIN, *FEW)),
 )
 DEFAULT_MALLOC = (5, 12)  # rows of MEMORY that are measured once more as glibc comes
 TRAFFIC: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -63,6 +70,11 @@ TRAFFIC: tuple[tuple[int, tuple[str, ...]], ...] = (
     (4, ("+stage=sparse_adapt", "parallel.zero=2", "parallel.ep=2", "parallel.cp=2")),
     (4, ("+stage=sparse_adapt", "parallel.zero=3", "parallel.ep=2", "parallel.cp=2")),
     (4, ("+stage=pretrain", "parallel.ep=2", "precision=bf16", "train.micro_batches=2")),
+    (2, ("+stage=sparse_adapt", "parallel.pp=2", "train.micro_batches=3")),
+    (2, ("+stage=dense_warmup", "parallel.pp=2", "train.micro_batches=2")),
+    (4, ("+stage=pretrain", "parallel.pp=2", "train.micro_batches=2", "model.mtp=drop")),
+    (4, ("+stage=sparse_adapt", "parallel.pp=2", "parallel.ep=2", "train.micro_batches=4")),
+    (4, ("+stage=sparse_adapt", "parallel.pp=2", "parallel.cp=2", "train.micro_batches=3", "precision=bf16")),
 )
 
 
@@ -99,31 +111,43 @@ def traffic_row(world: int, settings: tuple[str, ...]) -> dict[str, Any]:
     config = load([*TINY, "data.seq_len=64", *settings]).config
     job, answers = job_of(config, world), run_ranks(take_step, world, config)
     choices = [answer["chosen"] for answer in answers]
-    known = [predicted(job, rows_of(job, choices, rank)) for rank in range(world)]
+    known = [predicted(job, rank, rows_of(job, choices, rank)) for rank in range(world)]
     counted = [answer["counted"] for answer in answers]
-    sums = {name: sum(found.get(name, 0) for found in counted) for name in known[0]}
-    even = {name: world * size for name, size in predicted(job).items()}
+    sums: Counter[str] = Counter()
+    even: Counter[str] = Counter()
+    for rank in range(world):
+        sums.update(counted[rank])
+        even.update(predicted(job, rank))
     return {
-        "ranks": world, "settings": list(settings), "counted": sums, "evenly_loaded": even,
+        "ranks": world, "settings": list(settings), "counted": dict(sums), "evenly_loaded": dict(even),
         "equal": counted == known,
     }  # fmt: skip
 
 
 def memory_row(world: int, settings: tuple[str, ...], mapped: bool = True) -> dict[str, Any]:
-    """Predicted and measured bytes of the fullest rank, by phase. What libraries have kept when the model is gone is
-    theirs, and taken off; under ZeRO-3 DeepSpeed lets nothing go, and nothing is taken off."""
+    """Predicted and measured bytes of the fullest rank, by phase, and the largest error of each floor. What libraries
+    have kept when the model is gone is theirs, and taken off; under ZeRO-3 DeepSpeed lets nothing go, and nothing is
+    taken off."""
     config = load([*SMALL, *settings]).config
     start = time.monotonic()
-    ranks = run_ranks(peak, world, config, mapped)
-    largest = max(ranks, key=lambda rank: max(rank[phase] for phase in PHASES))
-    theirs = largest["left"] if config.parallel.zero < 3 and mapped else 0
-    measured = {phase: largest[phase] - theirs for phase in PHASES}
-    found = predict(job_of(config, world))
+    ranks, job = run_ranks(peak, world, config, mapped), job_of(config, world)
+    keeps = not mapped or config.parallel.zero == 3
+    rows = [_of_rank(rank, predict_floor(job, place // job.ranks), keeps) for place, rank in enumerate(ranks)]
+    floors = [rows[first : first + job.ranks] for first in range(0, world, job.ranks)]
+    return {
+        "ranks": world, "settings": list(settings), **max(rows, key=lambda row: row["peak"]),
+        "floors": [max((row["error"] for row in floor), key=abs) for floor in floors],
+        "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+
+
+def _of_rank(rank: dict[str, int], found: Memory, keeps: bool) -> dict[str, Any]:
+    theirs = 0 if keeps else rank["left"]
+    measured = {phase: rank[phase] - theirs for phase in PHASES if phase in rank}
     most = max(measured.values())
     return {
-        "ranks": world, "settings": list(settings), "measured": measured, "predicted": found.phases,
-        "kinds": found.kinds, "baseline": largest["baseline"], "left": largest["left"], "peak": most,
-        "error": round(found.allocated / most - 1, 4), "seconds": round(time.monotonic() - start, 1),
+        "measured": measured, "predicted": found.phases, "kinds": found.kinds, "baseline": rank["baseline"],
+        "left": rank["left"], "peak": most, "error": round(found.allocated / most - 1, 4),
     }  # fmt: skip
 
 

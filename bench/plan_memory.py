@@ -36,7 +36,7 @@ MINIMAL = ModelConfig(
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     n_routed_experts=4, num_experts_per_tok=2, index_n_heads=4, index_head_dim=16, index_topk=4,
 )  # fmt: skip
-PHASES = ("forward", "backward", "step")
+PHASES = ("forward", "backward", "run", "step")  # methods of an engine; in depth `run` is both of the first
 M_MMAP_THRESHOLD = -3  # malloc.h
 CLEAR = Path("/proc/self/clear_refs")  # a 5 written to it resets VmHWM
 STEPS = 2  # the first makes AdamW's moments, and ZeRO-3 learns the order of the modules in it
@@ -106,11 +106,11 @@ class Training:
 
 
 class Marks:
-    """The high-water mark of each phase: forward, backward (with what reduces gradients), step."""
+    """The high-water mark of each phase: forward, backward (with what reduces gradients), step; in depth run, step."""
 
     def __init__(self, engine: EngineBase, baseline: int) -> None:
-        self.baseline, self.found = baseline, dict.fromkeys(PHASES, 0)
-        for phase in PHASES:
+        self.baseline, self.found = baseline, {phase: 0 for phase in PHASES if hasattr(engine, phase)}
+        for phase in self.found:
             setattr(engine, phase, self._marked(phase, getattr(engine, phase)))
 
     def _marked(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,9 +133,11 @@ def peak(config: RunConfig, mapped: bool = True) -> dict[str, int]:
     if mapped:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     small = replace(
-        config, model=MINIMAL, data=replace(config.data, seq_len=8 * config.parallel.cp),
+        config,
+        model=replace(MINIMAL, num_hidden_layers=max(2, config.parallel.pp)),
+        data=replace(config.data, seq_len=8 * config.parallel.cp),
         parallel=replace(config.parallel, ep=min(config.parallel.ep, 2)),
-    )  # fmt: skip
+    )
     warm = Training(small)
     warm.step()
     warm.close()

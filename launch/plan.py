@@ -184,7 +184,7 @@ def cost_json(cost: Cost) -> dict[str, Any]:
 def as_json(question: Question, found: Found, ranked: list[Found]) -> dict[str, Any]:
     job, node = found.job, question.cluster.network.gpus_per_node
     traffic = []
-    for flow in flows(job):
+    for flow in flows(job, floor=found.time.floor):
         inside, outside = flow.sent(node)
         traffic.append({**asdict(flow), "sent_in_node": inside, "sent_between_nodes": outside})
     costs = [

@@ -152,8 +152,8 @@ class PipelineEngine(EngineBase):
         self._batches, self._counts, self._stats, self._sums = batches, counts, stats, {}
         for group in self.groups:
             group.gradients.zero_()
-        copy = self.net.get_parameter(EMBEDDING) if self._has_copy else None
-        if copy is not None:
+        if self._has_copy and self._embedding_trains:
+            copy = self.net.get_parameter(EMBEDDING)
             copy.grad = torch.zeros_like(copy)
         numbers = torch.arange(len(batches))
         mine = [self.pp.parts[index] for index in self.pp.mine]

@@ -42,10 +42,14 @@ def test_a_search_over_what_is_open(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "layouts fit 8 x 80 GB" in capsys.readouterr().out
 
 
-def test_a_search_plans_the_best_of_what_was_left_open(tmp_path: Path) -> None:
+def test_a_search_plans_the_best_of_what_was_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = plan(tmp_path, *V3_2, "parallel.pp=16", "--search")
     assert status == 0 and found["fits"] and found["settings"] == found["ranked"][0]["settings"]
     assert "parallel.pp=16" in found["settings"] and "parallel.ep=1 " not in found["settings"]
+    text, floor = capsys.readouterr().out, found["step"]["floor"]
+    assert f"on floor {floor} of 16, the slowest" in text and f"traffic on floor {floor} of 16" in text
+    assert f"(backward on floor {found['memory']['floor']} of 16)" in text and "pipeline bubble" in text
+    assert "RL: no layout in depth runs it" in text and len(found["budgets"]) == 2
 
 
 def test_as_it_is_fills_in_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from train.flops import flops_per_token
 from train.layouts import Found, candidates, leanest, search
 from train.memory_model import Job, predict
 from train.stages import STAGES
-from train.step_time import predict_step, step_flops
+from train.step_time import floor_flops, predict_step, step_flops
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,32 @@ def test_waiting_is_what_is_not_hidden(v3_2: ModelConfig, h800: Cluster) -> None
     assert found.tokens == 64 * 8 * 131072 and found.bubble == 0
 
 
-def test_the_bubble_of_1f1b(v3_2: ModelConfig, h800: Cluster) -> None:
-    job = replace(adapt(v3_2, zero=1, cp=16, pp=16), sequences=60)
-    found = predict_step(job, h800)
-    assert found.bubble == pytest.approx(15 / 60 * (sum(found.compute.values()) + found.waiting))
+def test_floors_share_the_work_out() -> None:
+    model = replace(tiny.MODEL, num_hidden_layers=6)
+    for stage in ("pretrain", "dense_warmup", "sparse_adapt"):
+        whole = step_flops(model, STAGES[stage], 48, True)
+        floors = [floor_flops(model, STAGES[stage], 48, True, 4, floor) for floor in range(4)]
+        for name, count in whole.items():
+            assert sum(floor[name] for floor in floors) == pytest.approx(count), (stage, name)
+
+
+def test_the_bubble_of_1f1b(h800: Cluster) -> None:
+    """Where floors are alike it is (pp - 1) / micro-batches of the work; else the slowest sets the pace."""
+    model = replace(tiny.MODEL, num_hidden_layers=8, first_k_dense_replace=0, vocab_size=1, mtp="drop")
+    job = Job(model, STAGES["dense_warmup"], ParallelConfig(pp=4), 4, 64, sequences=6)
+    quick = replace(h800, network=replace(h800.network, intra_gb_per_s=1e9))
+    found = predict_step(job, quick)
+    assert found.bubble == pytest.approx(3 / 6 * sum(found.compute.values()), rel=1e-3)
+    uneven = predict_step(replace(job, model=replace(model, num_hidden_layers=5)), quick)  # 2, 1, 1, 1 layers
+    assert uneven.floor == 0 and uneven.bubble == pytest.approx(3 / 6 * sum(uneven.compute.values()) / 2, rel=1e-3)
     assert any(flow.what == "hidden states" for flow in flows(job))
+
+
+def test_a_search_goes_into_depth(v3_2: ModelConfig, h800: Cluster) -> None:
+    found = search(adapt(v3_2), h800, 480, {"zero": 1, "checkpointing": True, "ep": 32})
+    assert {one.job.pp for one in found} >= {8, 16}
+    assert all(one.job.pp <= one.job.sequences and f"parallel.pp={one.job.pp}" in one.settings for one in found)
+    assert {one.job.pp for one in search(adapt(v3_2), h800, 480, {"pp": 1, "cp": 32})} == {1}
 
 
 def test_a_search_finds_what_fits_the_quickest_first(v3_2: ModelConfig, h800: Cluster) -> None:
@@ -154,3 +175,5 @@ def test_budgets_of_the_paper(v3_2: ModelConfig, h800: Cluster) -> None:
     pretraining = PRETRAIN_TOKENS * flops_per_token(v3_2, STAGES["pretrain"], PRETRAIN_LENGTH)
     assert rl_tokens(found) * rl.flops == pytest.approx(RL_SHARE * pretraining)
     assert rl.tokens == rl_dense.tokens and rl.hours > 0 < rl_dense.hours
+    deep = Found(replace(job, parallel=ParallelConfig(ep=32, cp=64, pp=16), sequences=240), found.memory, found.time)
+    assert len(budgets(deep, h800)) == 2, "RL is refused in depth"
