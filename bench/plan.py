@@ -125,7 +125,7 @@ def traffic_row(world: int, settings: tuple[str, ...]) -> dict[str, Any]:
 
 
 def memory_row(world: int, settings: tuple[str, ...], mapped: bool = True) -> dict[str, Any]:
-    """Predicted and measured bytes of the fullest rank, by phase, and the error of each floor's. What libraries
+    """Predicted and measured bytes of the fullest rank, by phase, and the errors of the floors. What libraries
     have kept when the model is gone is theirs, and taken off; under ZeRO-3 DeepSpeed lets nothing go, and nothing is
     taken off."""
     config = load([*SMALL, *settings]).config
