@@ -34,7 +34,7 @@ from bench.pipeline_picture import picture
 from bench.registry import benchmark
 from conf.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from conf.validate_pipeline import PARTS
-from train.parallel.pp import parts_of_floor
+from train.parallel.depth import parts_of_floor
 from train.parallel.schedules import Action, bubble, formula, make_schedule, simulate, table, unit_cost
 
 PP, MICRO_BATCHES, SECONDS, REPEATS = 4, 8, 0.1, 3

@@ -21,19 +21,21 @@ CALLS = {
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
     "alltoall_base_": "all-to-all",
+    "send": "send",
 }
 
 
 class Bytes(TorchDispatchMode):
-    """Collective -> bytes of its larger buffer, while active; any other collective is an error. Within one rank nothing
-    travels: DeepSpeed calls some collectives in groups of one."""
+    """Collective -> bytes of its larger buffer, while active; any other collective is an error. What goes from one rank
+    to another counts where it is sent. Within one rank nothing travels: DeepSpeed calls some collectives in groups of
+    one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
+        if function.namespace == "c10d" and function._schema.name != "c10d::recv_":
             name = CALLS[function._schema.name.removeprefix("c10d::")]
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
             tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list) else [arg])]
@@ -46,9 +48,10 @@ class Bytes(TorchDispatchMode):
 
 def take_step(config: RunConfig) -> dict[str, Any]:
     """On this rank, of one step: bytes by collective, and the experts chosen for its rows, [MoE layers, micro-batches,
-    R, K]. Before it ZeRO-3 learns the order of the modules in one step and compares it over the ranks in another."""
+    R, K]. Before it ZeRO-3 learns the order of the modules in one step and compares it over the ranks in another, and
+    floors find one another."""
     training = Training(config)
-    for _ in range(2 if config.parallel.zero == 3 else 0):
+    for _ in range(2 if config.parallel.zero == 3 else 1 if config.parallel.pp > 1 else 0):
         training.step()
     routers = training.net.routers()
     chosen: list[list[Tensor]] = [[] for _ in routers]
@@ -69,6 +72,6 @@ def rows_of(job: Job, choices: list[Tensor], rank: int) -> int:
     return int(received.clamp(min=job.shape.expert_rows).sum())
 
 
-def predicted(job: Job, rows: int | None = None) -> dict[str, int]:
+def predicted(job: Job, rank: int, rows: int | None = None) -> dict[str, int]:
     """Bytes by collective under the counter's names; `rows`: as `flows` takes them."""
-    return by_collective(flows(job, rows=rows)) | {"small all-reduce": scalar_bytes(job)}
+    return by_collective(flows(job, rows=rows, floor=rank // job.ranks)) | {"small all-reduce": scalar_bytes(job)}

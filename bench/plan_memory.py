@@ -21,11 +21,12 @@ from torch import Tensor
 from conf.schema import ModelConfig, RunConfig
 from model import Transformer
 from train import distributed
-from train.engine import Engine
-from train.loop import run_step
+from train.engine_base import EngineBase
+from train.loop import make_engine, run_step
 from train.optim import build_optimizer, select_trainable
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel
+from train.parallel.pp import PipelineParallel
 from train.parallel.zero3 import Zero3
 from train.stages import STAGES, resolve_rates
 from train.start import op_settings
@@ -35,7 +36,7 @@ MINIMAL = ModelConfig(
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     n_routed_experts=4, num_experts_per_tok=2, index_n_heads=4, index_head_dim=16, index_topk=4,
 )  # fmt: skip
-PHASES = ("forward", "backward", "step")
+PHASES = ("forward", "backward", "run", "step")  # methods of an engine; in depth `run` is both of the first
 M_MMAP_THRESHOLD = -3  # malloc.h
 CLEAR = Path("/proc/self/clear_refs")  # a 5 written to it resets VmHWM
 STEPS = 2  # the first makes AdamW's moments, and ZeRO-3 learns the order of the modules in it
@@ -68,17 +69,20 @@ class Training:
     def __init__(self, config: RunConfig) -> None:
         stage = STAGES[config.stage]
         optim = resolve_rates(stage, config.optim, config.model.hidden_size)
-        self.cp, ep = ContextParallel(config.parallel.cp), ExpertParallel(config.parallel.ep)
+        parallel = config.parallel
+        pp = PipelineParallel(parallel.pp, parallel.pp_schedule, config.model)
+        self.cp, ep = ContextParallel(parallel.cp, parallel.pp), ExpertParallel(parallel.ep, parallel.pp)
         with torch.device("meta"):
             net = Transformer(config.model)
+        pp.cut(net)
         ep.cut(net)
-        net.init_weights(0, Zero3(optim, config.parallel) if config.parallel.zero == 3 else None)
+        net.init_weights(0, Zero3(optim, parallel) if parallel.zero == 3 else None)
         net.activation_checkpointing = config.train.activation_checkpointing
         net.use(op_settings(config, distributed.device()))
         select_trainable(net, stage)
-        optimizer = build_optimizer(net, optim, fused=config.parallel.offload != "none")
+        optimizer = build_optimizer(net, optim, fused=parallel.offload != "none")
         self.net = net
-        self.engine = Engine(net, optimizer, optim, config.parallel, config.precision.name)
+        self.engine = make_engine(net, optimizer, replace(config, optim=optim), pp, ep)
         self.context: Any = SimpleNamespace(stage=stage, config=config, cp=self.cp, stop_asked=False)
 
     def step(self) -> None:
@@ -102,11 +106,11 @@ class Training:
 
 
 class Marks:
-    """The high-water mark of each phase: forward, backward (with what reduces gradients), step."""
+    """The high-water mark of each phase: forward, backward (with what reduces gradients), step; in depth run, step."""
 
-    def __init__(self, engine: Engine, baseline: int) -> None:
-        self.baseline, self.found = baseline, dict.fromkeys(PHASES, 0)
-        for phase in PHASES:
+    def __init__(self, engine: EngineBase, baseline: int) -> None:
+        self.baseline, self.found = baseline, {phase: 0 for phase in PHASES if hasattr(engine, phase)}
+        for phase in self.found:
             setattr(engine, phase, self._marked(phase, getattr(engine, phase)))
 
     def _marked(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,9 +133,11 @@ def peak(config: RunConfig, mapped: bool = True) -> dict[str, int]:
     if mapped:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     small = replace(
-        config, model=MINIMAL, data=replace(config.data, seq_len=8 * config.parallel.cp),
+        config,
+        model=replace(MINIMAL, num_hidden_layers=max(2, config.parallel.pp)),
+        data=replace(config.data, seq_len=8 * config.parallel.cp),
         parallel=replace(config.parallel, ep=min(config.parallel.ep, 2)),
-    )  # fmt: skip
+    )
     warm = Training(small)
     warm.step()
     warm.close()

@@ -19,7 +19,7 @@ LAYOUTS: tuple[tuple[str, str, int, int, int, int, bool], ...] = (  # stage, pre
     ("sparse_adapt", "bf16", 3, 64, 32, 1, True),
     ("sparse_adapt", "fp8", 3, 64, 32, 1, True),
     ("sparse_adapt", "bf16", 3, 64, 128, 1, False),
-    ("sparse_adapt", "bf16", 1, 64, 16, 16, True),
+    ("sparse_adapt", "bf16", 1, 32, 64, 8, True),
     ("dense_warmup", "bf16", 3, 64, 128, 1, False),
 )
 COLOURS = {
@@ -43,10 +43,8 @@ def jobs() -> list[Job]:
     model, found = v3_2(), []
     for name, precision, zero, ep, cp, pp, checkpointing in LAYOUTS:
         sequences = max(1, STEP_SEQUENCES[name] * cp * pp // 2048)
-        parallel = ParallelConfig(zero=zero, ep=ep, cp=cp)
-        found.append(
-            Job(model, STAGES[name], parallel, 2048, LENGTH, precision, sequences, checkpointing, True, pp)
-        )  # fmt: skip
+        parallel = ParallelConfig(zero=zero, ep=ep, cp=cp, pp=pp)
+        found.append(Job(model, STAGES[name], parallel, 2048, LENGTH, precision, sequences, checkpointing, True))
     return found
 
 
@@ -58,7 +56,7 @@ def said(job: Job) -> tuple[str, str]:
     return f"{job.stage.name}, {job.precision}, {again}", " · ".join(words)
 
 
-def bar(y: float, job: Job, memory: Memory, scale: float) -> list[str]:
+def bar(y: float, job: Job, memory: Memory, scale: float, limit: float) -> list[str]:
     """One layout: its two lines of text, a rectangle a kind, the sum."""
     out = []
     for i, line in enumerate(said(job)):
@@ -75,6 +73,8 @@ def bar(y: float, job: Job, memory: Memory, scale: float) -> list[str]:
             place = f'x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}"'
             out.append(f'<rect {place} fill="{COLOURS[kind]}">{title}</rect>')
         x += wide
+    mark = LEFT + limit * scale
+    x = mark if mark - 30 < x < mark else x  # the number stands beside the line, not on it
     out.append(f'<text x="{x + 7:.1f}" y="{y + 20}">{memory.total / 1e9:.0f}</text>')
     return out
 
@@ -96,7 +96,7 @@ def picture() -> str:
         body.append(f'<path class="grid" d="M{x:.1f} {TOP - 8}V{base}"/>')
         body.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{tick}</text>')
     for i, (job, memory) in enumerate(found):
-        body += bar(TOP + STEP * i, job, memory, scale)
+        body += bar(TOP + STEP * i, job, memory, scale, limit)
     x = LEFT + limit * scale
     body.append(f'<path class="mark" d="M{x:.1f} {TOP - 14}V{base}"/>')
     body.append(f'<text x="{x:.1f}" y="{base + 34}" text-anchor="middle">an H800 has 80</text>')

@@ -2,10 +2,10 @@
 
     python launch/plan.py +stage=sparse_adapt model=deepseek_v3_2 cluster=h800_2048 [key=value ...] [--search]
 
-Settings are those of launch/stage.py, and three more: `cluster=NAME` (conf/cluster, or a YAML file), `gpus=N` of it,
-and `parallel.pp=N`, pipeline stages. What is left open is filled in and said: the paper's length and sequences a step,
-bf16 where it is faster, and, where no `parallel.*` is given, the quickest layout that fits. `--as-is` fills in nothing:
-the plan of exactly the run that launch/stage.py would start on these GPUs. `--search` ranks the layouts that fit.
+Settings are those of launch/stage.py, and two more: `cluster=NAME` (conf/cluster, or a YAML file) and `gpus=N` of it.
+What is left open is filled in and said: the paper's length and sequences a step, bf16 where it is faster, and, where no
+`parallel.*` is given, the quickest layout that fits. `--as-is` fills in nothing: the plan of exactly the run that
+launch/stage.py would start on these GPUs. `--search` ranks the layouts that fit.
 `--hidden SHARE` asks what hiding that share of the waiting for the network would bring. `--out FILE`: where the JSON
 goes (default runs/plan.json). Exit status: 0 it fits, 1 it does not, 2 the user's mistake. docs/planner.md explains.
 """
@@ -33,14 +33,14 @@ from launch.plan_text import ranking, report  # noqa: E402
 from train.budgets import PAPER_LENGTH, PAPER_SEQUENCES, Cost, budgets  # noqa: E402
 from train.communication import flows  # noqa: E402
 from train.flops import flops_per_token  # noqa: E402
-from train.layouts import Found, leanest, search  # noqa: E402
+from train.layouts import Found, enough_micro_batches, leanest, search  # noqa: E402
 from train.memory_model import Job, predict  # noqa: E402
 from train.parameters import counts  # noqa: E402
 from train.stages import STAGES  # noqa: E402
 from train.step_time import predict_step  # noqa: E402
 
 USER_MISTAKE, TOO_LARGE = 2, 1
-OWN_KEYS = ("cluster", "gpus", "parallel.pp")
+OWN_KEYS = ("cluster", "gpus")
 SEQUENCES = 64  # of a step where the paper names none
 
 
@@ -51,7 +51,6 @@ class Question:
     config: RunConfig
     cluster: Cluster
     overrides: frozenset[str]
-    pp: int
     filled: tuple[str, ...]
     as_is: bool
     hidden: float
@@ -62,6 +61,10 @@ class Question:
         return not self.as_is and not any(key.startswith("parallel.") for key in self.overrides)
 
     @property
+    def sequences_open(self) -> bool:
+        return not self.as_is and "train.micro_batches" not in self.overrides
+
+    @property
     def step_sequences(self) -> int:
         return PAPER_SEQUENCES.get(self.config.stage, SEQUENCES)
 
@@ -69,10 +72,10 @@ class Question:
     def held(self) -> dict[str, Any]:
         """What a search may not vary."""
         config, found = self.config, {}
-        for key in ("zero", "ep", "cp", "offload"):
+        for key in ("zero", "ep", "cp", "pp", "offload"):
             if f"parallel.{key}" in self.overrides:
                 found[key] = getattr(config.parallel, key)
-        if self.as_is or "train.micro_batches" in self.overrides:
+        if not self.sequences_open:
             found["sequences"] = config.train.micro_batches
         if self.as_is or "train.activation_checkpointing" in self.overrides:
             found["checkpointing"] = config.train.activation_checkpointing
@@ -96,20 +99,16 @@ def ask(argv: Sequence[str], as_is: bool, hidden: float) -> Question:
     if gpus > cluster.network.gpus:
         raise UserError(f"gpus={gpus} is more than the {cluster.network.gpus} of cluster={own['cluster']}: give fewer")
     cluster = replace(cluster, network=replace(cluster.network, gpus=gpus))
-    pp = whole_number("parallel.pp", own.get("parallel.pp", "1"))
-    overrides = loaded.overrides | {key for key in own if key.startswith("parallel.")}
-    config = loaded.config
+    config, overrides = loaded.config, loaded.overrides
     filled: list[str] = []
     if STAGES[config.stage].runner == "evaluate":
         raise UserError("+stage=evaluate trains nothing: plan a stage that trains")
+    schedule = config.parallel.pp_schedule
+    if schedule != "1f1b":
+        raise UserError(f"parallel.pp_schedule={schedule} is not planned, 1f1b alone is: leave it out for the plan")
     if not as_is:
         config, filled = fill_in(config, cluster, overrides)
-    layers = config.model.num_hidden_layers
-    if gpus % pp or pp > layers:
-        raise UserError(f"parallel.pp={pp} must divide gpus={gpus} and be at most the {layers} layers")
-    if pp > 1 and config.parallel.zero != 1:
-        raise UserError(f"parallel.pp={pp} goes with parallel.zero=1 alone, not {config.parallel.zero}")
-    return Question(config, cluster, overrides, pp, tuple(filled), as_is, hidden)
+    return Question(config, cluster, overrides, tuple(filled), as_is, hidden)
 
 
 def fill_in(config: RunConfig, cluster: Cluster, overrides: frozenset[str]) -> tuple[RunConfig, list[str]]:
@@ -148,34 +147,33 @@ def job_of(question: Question) -> Job:
     drawn = config.rl.prompts_per_step * config.rl.group_size
     return Job(
         config.model, stage, config.parallel, world, length, config.precision.name, config.train.micro_batches,
-        config.train.activation_checkpointing, cluster.network.gpus_per_node > 1 or world > 1, question.pp,
+        config.train.activation_checkpointing, cluster.network.gpus_per_node > 1 or world > 1,
         math.ceil(drawn / world) if native else 0,
     )  # fmt: skip
 
 
-def check_layout(question: Question, job: Job) -> None:
-    """The rules of launch/stage.py, with the ranks of a pipeline stage as the world."""
-    config = replace(question.config, parallel=job.parallel)
+def check_layout(question: Question) -> None:
+    """The rules of launch/stage.py. What is open is taken as it does no harm: another part finds the best of it."""
+    config = question.config
     if question.free:
-        config = replace(config, parallel=replace(config.parallel, zero=1, ep=1, cp=1))
-    check(config, job.ranks)
+        config = replace(config, parallel=replace(config.parallel, zero=1, ep=1, cp=1, pp=1))
+    elif question.sequences_open:
+        enough = max(config.train.micro_batches, config.parallel.pp)
+        config = replace(config, train=replace(config.train, micro_batches=enough))
+    check(config, question.cluster.network.gpus)
 
 
 def answer(question: Question, wanted: int) -> tuple[Found | None, list[Found]]:
     """The layout that is planned (None: nothing fits) and, where they were searched for, those that fit."""
+    check_layout(question)
     job = job_of(question)
-    check_layout(question, job)
     ranked: list[Found] = []
     if question.free or wanted:
-        if question.pp > 1:
-            question = replace(question, overrides=question.overrides | {"parallel.zero"})
-            question = replace(question, config=replace(question.config, parallel=replace(job.parallel, zero=1)))
         ranked = search(job, question.cluster, question.step_sequences, question.held, question.hidden)
         if question.free or ranked:
             return (ranked[0] if ranked else None), ranked
-    if not question.as_is and "train.micro_batches" not in question.overrides:
-        sequences = max(1, -(-question.step_sequences // job.replicas))
-        job = replace(job, sequences=sequences)
+    if question.sequences_open:
+        job = replace(job, sequences=enough_micro_batches(job, question.step_sequences))
     return Found(job, predict(job), predict_step(job, question.cluster, question.hidden)), ranked
 
 
@@ -186,7 +184,7 @@ def cost_json(cost: Cost) -> dict[str, Any]:
 def as_json(question: Question, found: Found, ranked: list[Found]) -> dict[str, Any]:
     job, node = found.job, question.cluster.network.gpus_per_node
     traffic = []
-    for flow in flows(job):
+    for flow in flows(job, floor=found.time.floor):
         inside, outside = flow.sent(node)
         traffic.append({**asdict(flow), "sent_in_node": inside, "sent_between_nodes": outside})
     costs = [

@@ -10,7 +10,7 @@ from train.budgets import RL, budgets
 from train.communication import flows
 from train.flops import flops_per_token
 from train.layouts import Found
-from train.memory_model import KINDS
+from train.memory_model import KINDS, Job
 from train.parameters import counts
 from train.step_time import step_flops
 
@@ -87,6 +87,10 @@ def _head(question: Question, found: Found) -> str:
     return f"{kept}\nlayout: {found.settings}{filled}\n{values}"
 
 
+def _of_floor(job: Job, floor: int) -> str:
+    return f" on floor {floor} of {job.pp}" if job.pp > 1 else ""
+
+
 def _memory(question: Question, found: Found) -> str:
     memory, limit = found.memory, question.cluster.gpu.memory_gb * 1e9
     rows = [[SAID[kind], gb(memory.kinds[kind])] for kind in KINDS if memory.kinds[kind] > 0]
@@ -96,8 +100,9 @@ def _memory(question: Question, found: Found) -> str:
     rows.append(["together", gb(memory.total)])
     verdict = "fits" if memory.total <= limit else "DOES NOT FIT: try --search without parallel.*"
     when = ", ".join(f"{name} {gb(count)}" for name, count in memory.phases.items())
+    where = f"{memory.moment}{_of_floor(found.job, memory.floor)}"
     return (
-        f"memory of a GPU, GB, at its fullest ({memory.moment}); {limit / 1e9:g} GB there: {verdict}\n{table(rows)}\n"
+        f"memory of a GPU, GB, at its fullest ({where}); {limit / 1e9:g} GB there: {verdict}\n{table(rows)}\n"
         f"  by moment, before assumptions: {when}; CPU memory a process: {gb(memory.host)}"
     )
 
@@ -112,7 +117,7 @@ def _flops(found: Found) -> str:
 
 def _traffic(question: Question, found: Found) -> str:
     node, rows = question.cluster.network.gpus_per_node, []
-    for flow in flows(found.job):
+    for flow in flows(found.job, floor=found.time.floor):
         inside, outside = flow.sent(node)
         rows.append(
             [f"{flow.what}, {flow.moment}", flow.collective, str(flow.ranks), gb(flow.size), gb(inside), gb(outside)]
@@ -120,7 +125,7 @@ def _traffic(question: Question, found: Found) -> str:
     if not rows:
         return "traffic: none, one process"
     head = ("GB a GPU and step", "collective", "ranks", "buffer", "sent in its node", "between nodes")
-    return f"traffic:\n{table(rows, head)}"
+    return f"traffic{_of_floor(found.job, found.time.floor)}:\n{table(rows, head)}"
 
 
 def _time(found: Found) -> str:
@@ -132,9 +137,11 @@ def _time(found: Found) -> str:
         rows.append(["pipeline bubble", f"{time.bubble:.2f}"])
     needed = flops_per_token(job.model, job.stage, job.seq_len) * time.tokens_per_s / job.world / 1e12
     on_wire = sum(time.network.values())
+    where = f"{_of_floor(job, time.floor)}, the slowest," if job.pp > 1 else ","
     return (
         f"a step of {time.tokens:,} tokens, {time.total:.4g} s: {time.tokens_per_s:,.0f} tokens/s,"
-        f" {needed:.0f} model TFLOP/s a GPU (on the wire {on_wire:.1f} s, of which waited for as below)\n{table(rows)}"
+        f" {needed:.0f} model TFLOP/s a GPU (on the wire {on_wire:.1f} s{where} of which waited for as below)\n"
+        + table(rows)
     )
 
 
@@ -148,5 +155,6 @@ def _budgets(question: Question, found: Found) -> str:
         rows.append(row)
     head = ("", "tokens", "GPU-hours", f"at ${rent:g} an hour", "dense: GPU-hours", "money", "dense / DSA")
     note = f"RL: {RL.answer:,} tokens answer {RL.prompt:,} of a prompt, decoded on such GPUs, scored {RL.scored}x more"
+    note = "RL: no layout in depth runs it" if found.job.pp > 1 else note
     length = f"{found.job.seq_len:,} tokens a sequence"
     return f"the paper's budgets in this layout, {length}:\n{table(rows, head)}\n  {note}"

@@ -99,16 +99,17 @@ def rl_cost(name: str, found: Found, cluster: Cluster, kind: str, hidden: float 
 
 
 def budgets(found: Found, cluster: Cluster, hidden: float = 0.0) -> list[tuple[Cost, Cost | None]]:
-    """(DSA, dense) of each budget; the warm-up has no dense counterpart."""
+    """(DSA, dense) of each budget; the warm-up has no dense counterpart, and RL does not run in depth."""
     warm, adapt = (PAPER_TOKENS[name] for name in ("dense_warmup", "sparse_adapt"))
-    return [
+    costs: list[tuple[Cost, Cost | None]] = [
         (training_cost("indexer warm-up", found, cluster, "dense_warmup", warm, hidden), None),
         (
             training_cost("sparse adaptation", found, cluster, "sparse_adapt", adapt, hidden),
             training_cost("the same tokens, dense", found, cluster, "pretrain", adapt, hidden),
         ),
-        (
-            rl_cost(f"RL on {RL_SHARE:.0%} of pre-training's FLOPs", found, cluster, "sparse", hidden),
-            rl_cost("the same tokens, dense", found, cluster, "dense", hidden),
-        ),
     ]
+    if found.job.pp == 1:
+        name = f"RL on {RL_SHARE:.0%} of pre-training's FLOPs"
+        sparse, dense = (rl_cost(name, found, cluster, kind, hidden) for kind in ("sparse", "dense"))
+        costs.append((sparse, replace(dense, name="the same tokens, dense")))
+    return costs

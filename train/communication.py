@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any
 
 from train.activations import FP32, INT64
-from train.memory_model import WINDOW, Job, on_stage
+from train.memory_model import WINDOW, Job, embedding, floor_parameters
+from train.parallel.depth import cut_in_depth
 from train.parameters import Parameter, parameters
 
 FP64 = 8
@@ -74,15 +75,13 @@ def forwards(job: Job) -> int:
     return 2 if job.checkpointing and job.stage.trains_trunk else 1
 
 
-def weights(job: Job, place: int = 0) -> list[Weight]:
-    """Those of a pipeline stage that ranks share."""
+def weights(job: Job, floor: int = 0) -> list[Weight]:
+    """Those of a floor that its ranks share."""
     found, stage = [], job.stage
-    for p in parameters(job.model):
-        if not on_stage(p, job.model, job.pp, place):
-            continue
+    for p in floor_parameters(job.model, job.pp, floor):
         ep, uses = job.parallel.ep if p.is_expert else 1, 1
         if p.name.startswith("embed_tokens"):
-            uses = 1 + job.with_mtp if job.pp == 1 else 1
+            uses = 1 + job.with_mtp
         elif p.name.startswith("lm_head"):
             uses = (1 + job.with_mtp) if stage.lm_loss else 0
         elif p.layer is not None and p.layer >= job.model.num_hidden_layers and not job.with_mtp:
@@ -109,12 +108,18 @@ def gathers(weight: Weight, job: Job, fits: bool) -> int:
     return job.sequences * (forward + (backward if weight.trains else 0))
 
 
-def zero_flows(job: Job, place: int = 0, window: int = WINDOW) -> Iterator[Flow]:
+def zero_flows(job: Job, floor: int = 0, window: int = WINDOW) -> Iterator[Flow]:
     """Gradients and parameters, fp32 under any precision. `window`: values that ZeRO-3 keeps between two uses."""
-    shared, zero = weights(job, place), job.parallel.zero
+    shared, zero = weights(job, floor), job.parallel.zero
     fits = sum(weight.size for weight in shared) <= window
     for (stride, ranks), members in _by(shared, lambda weight: (weight.stride, weight.ranks)):
         trained = [weight for weight in members if weight.trains]
+        if job.pp > 1:  # train/parallel/zero1.py
+            groups = [group for _, group in _by(trained, lambda weight: weight.group)]
+            size = FP32 * sum(ranks * -(-sum(weight.size for weight in group) // ranks) for group in groups)
+            yield Flow("gradients", "reduce-scatter", size, ranks, stride, "boundary")
+            yield Flow("weights", "all-gather", size, ranks, stride, "step")
+            continue
         if zero < 3:
             times = job.sequences if zero == 2 else 1
             size = times * FP32 * sum(weight.size for weight in trained)
@@ -136,21 +141,20 @@ def _by(items: list[Weight], key: Callable[[Weight], Any]) -> Iterator[tuple[Any
         yield found, list(group)
 
 
-def layers_of(job: Job) -> tuple[int, int]:
-    """(layers, MoE layers among them) that a micro-batch passes, MTP's included, of the fullest pipeline stage."""
-    model = job.model
-    layers = -(-model.num_hidden_layers // job.pp) + (model.num_mtp_layers if job.with_mtp else 0)
-    dense = model.first_k_dense_replace if job.pp == 1 else 0
-    return layers, layers - dense
+def layers_of(job: Job, floor: int = 0) -> tuple[int, int]:
+    """(layers, MoE layers among them) of a floor that a micro-batch passes, MTP's included."""
+    model, layers = job.model, cut_in_depth(job.model, job.pp)[floor]
+    mtp = model.num_mtp_layers if job.with_mtp and floor == job.pp - 1 else 0
+    return len(layers) + mtp, sum(number >= model.first_k_dense_replace for number in layers) + mtp
 
 
-def cp_flows(job: Job, documents: int | None = None) -> Iterator[Flow]:
+def cp_flows(job: Job, documents: int | None = None, floor: int = 0) -> Iterator[Flow]:
     """Latents, index keys and counts of the balance loss, of `documents` in a replica's step; default: one a
     sequence."""
     model, cp, stage = job.model, job.parallel.cp, job.stage
     if cp == 1:
         return
-    layers, moe_layers = layers_of(job)
+    layers, moe_layers = layers_of(job, floor)
     again, times = forwards(job), job.sequences
     latents = times * layers * job.seq_len * (model.kv_lora_rank + model.qk_rope_head_dim) * FP32
     keys = times * again * layers * job.seq_len * model.index_head_dim * job.shape.b
@@ -166,13 +170,13 @@ def cp_flows(job: Job, documents: int | None = None) -> Iterator[Flow]:
             yield Flow("index keys", "reduce-scatter", keys, cp, 1, "forward")
 
 
-def ep_flows(job: Job, rows: int | None = None) -> Iterator[Flow]:
+def ep_flows(job: Job, rows: int | None = None, floor: int = 0) -> Iterator[Flow]:
     """Rows to their experts and back, and how many there are. `rows`: that this rank sends or receives, whichever are
     more, summed over MoE layers and micro-batches of one pass; default: evenly loaded."""
     model, ep, stage = job.model, job.parallel.ep, job.stage
     if ep == 1:
         return
-    _, moe_layers = layers_of(job)
+    _, moe_layers = layers_of(job, floor)
     again = forwards(job)
     if rows is None:
         rows = job.sequences * moe_layers * job.shape.expert_rows
@@ -184,19 +188,29 @@ def ep_flows(job: Job, rows: int | None = None) -> Iterator[Flow]:
     yield Flow("expert counts", "all-to-all", counts, ep, 1, "forward")
 
 
-def pp_flows(job: Job) -> Iterator[Flow]:
-    """Hidden states to the next pipeline stage and their gradients back, fp32, of a stage between two others."""
+def pp_flows(job: Job, floor: int = 0) -> Iterator[Flow]:
+    """What a floor sends: hidden states to the next one and their gradients back; before the step the gradient of the
+    embedding's copy to the first floor, after it the embedding to the last. fp32."""
     if job.pp == 1:
         return
-    size = job.sequences * job.shape.rows * job.model.hidden_size * FP32
-    yield Flow("hidden states", "send", size, 2, job.ranks, "forward")
-    if job.stage.trains_trunk:
-        yield Flow("hidden states", "send", size, 2, job.ranks, "backward")
+    last, learns = job.pp - 1, job.stage.trains_trunk
+    states = job.sequences * job.shape.rows * job.model.hidden_size * FP32
+    shared = FP32 * embedding(job.model) if learns and job.model.num_mtp_layers > 0 else 0
+    if floor < last:
+        yield Flow("hidden states", "send", states, 2, job.ranks, "forward")
+    if floor > 0 and learns:
+        yield Flow("hidden states", "send", states, 2, job.ranks, "backward")
+    if floor in (0, last):
+        moment = "step" if floor == 0 else "boundary"
+        yield Flow("embedding", "send", shared, 2, job.ranks * last, moment)
 
 
-def flows(job: Job, documents: int | None = None, rows: int | None = None, window: int = WINDOW) -> list[Flow]:
-    """Everything but scalars and the step's sums (`scalar_bytes`)."""
-    found = [*zero_flows(job, window=window), *cp_flows(job, documents), *ep_flows(job, rows), *pp_flows(job)]
+def flows(
+    job: Job, documents: int | None = None, rows: int | None = None, window: int = WINDOW, floor: int = 0
+) -> list[Flow]:
+    """Everything but scalars and the step's sums (`scalar_bytes`), as a rank of `floor` has it."""
+    found = [*zero_flows(job, floor, window), *cp_flows(job, documents, floor)]
+    found += [*ep_flows(job, rows, floor), *pp_flows(job, floor)]
     return [flow for flow in found if flow.size > 0 and flow.ranks > 1]
 
 
@@ -211,7 +225,8 @@ def scalar_bytes(job: Job, statistics: bool = False) -> int:
     """All-reduced beside: counts of targets, rows and sequences; sums of losses and metrics (`statistics`: of a logged
     step); gradient norms, for us and for the step."""
     stage, model = job.stage, job.model
-    layers, moe_layers = layers_of(job)
+    layers = model.num_hidden_layers + (model.num_mtp_layers if job.with_mtp else 0)
+    moe_layers = layers - model.first_k_dense_replace
     sums = 2 + moe_layers * model.n_routed_experts + (2 if stage.lm_loss else 0)
     kinds = {"dense": 4, "selected": 2, None: 0}[stage.indexer_loss] if statistics else 0
     sums += layers * (1 + kinds) if stage.indexer_loss is not None else 0
@@ -220,5 +235,7 @@ def scalar_bytes(job: Job, statistics: bool = False) -> int:
     ep = job.parallel.ep
     if ep > 1 and stage.trains_trunk:  # experts have a group of their own, summed where they are the same, then over ep
         norms += 2 if ep < job.world else 1
+    if job.pp > 1:
+        return 4 * FP64 + (sums + 1) * FP64
     norm_bytes = {0: FP32, 1: 2 * FP32 * norms, 2: 2 * FP32 * norms, 3: 2 * FP64 * norms}
     return 4 * FP64 + sums * FP64 + norm_bytes[job.parallel.zero]

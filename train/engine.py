@@ -32,7 +32,7 @@ from train.engine_base import EngineBase, Stretch
 from train.optim import SkippableAdamW, apply_rates
 from train.parallel.ep import expert_group, frozen_checksum, mark
 from train.parallel.zero3 import full_shape, stretch
-from train.precision import autocast_dtype
+from train.precision import training_autocast
 
 
 @contextmanager
@@ -97,12 +97,12 @@ def no_nvme(folder: Path) -> str | None:
 class _Visible(nn.Module):
     """The model with its outputs in a dict: DeepSpeed hooks the output tensors, and a dataclass hides them from it."""
 
-    def __init__(self, net: nn.Module, autocast: torch.dtype | None) -> None:
+    def __init__(self, net: nn.Module, precision: str) -> None:
         super().__init__()
-        self.net, self.autocast = net, autocast
+        self.net, self.precision = net, precision
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
-        with torch.autocast(distributed.device().type, self.autocast, enabled=self.autocast is not None):
+        with training_autocast(distributed.device(), self.precision):
             return dict(vars(self.net(**inputs)))
 
 
@@ -126,7 +126,7 @@ class Engine(EngineBase):
             self._swap = TemporaryDirectory(prefix=f"winnow_rank_{distributed.rank()}_", dir=parallel.nvme_path)
             parallel = replace(parallel, nvme_path=self._swap.name)
         config = ds_config(optim, parallel, sum(full_shape(p).numel() for p in trainable), distributed.world_size())
-        root = _Visible(net, autocast_dtype(precision))
+        root = _Visible(net, precision)
         self._trainable, self._deepspeed = trainable, deepspeed
         self._parameters = {name for name, _ in net.named_parameters()}
         self._last: tuple[str, Tensor] = ("", torch.empty(0))

@@ -1,16 +1,18 @@
 """Layouts of a job that fit a cluster's memory, the quickest first.
 
-Tried are zero, ep, cp (as conf/validate.py allows them), activation checkpointing, and offload of the optimiser where
-nothing fits without. What the caller holds fast is not varied.
+Tried are zero, ep, cp, pp (as conf/validate.py allows them), activation checkpointing, and offload of the optimiser
+where nothing fits without. What the caller holds fast is not varied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from conf.hardware import Cluster
+from conf.schema import ParallelConfig
 from train.memory_model import Job, Memory, predict
 from train.step_time import StepTime, predict_step
 
@@ -28,7 +30,7 @@ class Found:
         """As the command line takes them."""
         parallel = self.job.parallel
         words = [f"parallel.{key}={getattr(parallel, key)}" for key in ("zero", "ep", "cp")]
-        words += [f"parallel.pp={self.job.pp}"] if self.job.pp > 1 else []
+        words += [f"parallel.pp={parallel.pp}"] if parallel.pp > 1 else []
         words += [f"parallel.offload={parallel.offload}"] if parallel.offload != "none" else []
         words.append(f"train.micro_batches={self.job.sequences}")
         words += ["train.activation_checkpointing=true"] if self.job.checkpointing else []
@@ -42,33 +44,46 @@ def powers(most: int) -> Iterator[int]:
         value *= 2
 
 
+def enough_micro_batches(job: Job, step_sequences: int) -> int:
+    """Of a replica, so that a step takes `step_sequences` sequences or a few more; 1F1B wants as many as floors."""
+    return max(job.pp, -(-step_sequences // job.replicas))
+
+
+def layouts(job: Job, held: Mapping[str, Any]) -> Iterator[ParallelConfig]:
+    """What conf/validate.py allows of zero, ep, cp, pp and offload; with pp above 1 an engine of its own runs, under
+    ZeRO-1 alone."""
+    trains, model = job.stage.runner == "train", job.model
+    ways: dict[str, list[Any]] = {
+        "pp": [pp for pp in powers(model.num_hidden_layers) if pp == 1 or trains],
+        "cp": list(powers(job.world)),
+        "zero": [3, 2, 1, 0],
+        "ep": [ep for ep in powers(model.n_routed_experts) if model.n_routed_experts % ep == 0],
+        "offload": ["none", "cpu"],
+    }
+    ways |= {key: [held[key]] for key in ways if key in held}
+    for pp, cp, zero, ep, offload in product(*ways.values()):
+        ranks, moved = job.world // pp, offload != "none"
+        if job.world % pp or ranks % cp or ranks % ep or job.seq_len % (2 * cp if cp > 1 else 1):
+            continue
+        if zero == 0 and (ep > 1 or moved) or job.parallel.offload_parameters and zero < 3:
+            continue
+        if pp > 1 and (zero != 1 or moved):
+            continue
+        yield replace(job.parallel, pp=pp, cp=cp, zero=zero, ep=ep, offload=offload)
+
+
 def candidates(job: Job, step_sequences: int, held: Mapping[str, Any]) -> Iterator[Job]:
-    """Layouts of `job.world` processes that take at least `step_sequences` sequences a step. `held`: zero, ep, cp,
+    """Layouts of `job.world` processes that take at least `step_sequences` sequences a step. `held`: zero, ep, cp, pp,
     offload, sequences or checkpointing -> the value that stays."""
-    trains = job.stage.runner != "evaluate"
-    zeros = [held["zero"]] if "zero" in held else [3, 2, 1, 0] if trains else [0]
-    experts = job.model.n_routed_experts
-    eps = [held["ep"]] if "ep" in held else [ep for ep in powers(experts) if experts % ep == 0]
-    cps = [held["cp"]] if "cp" in held else list(powers(job.ranks))
     again = [held["checkpointing"]] if "checkpointing" in held else [False, True] if job.shape.trunk else [False]
-    places = [held["offload"]] if "offload" in held else ["none", "cpu"]
-    for cp in cps:
-        if job.ranks % cp or job.seq_len % (2 * cp if cp > 1 else 1):
+    for parallel in layouts(job, held):
+        tried = replace(job, parallel=parallel)
+        sequences = held.get("sequences") or enough_micro_batches(tried, step_sequences)
+        too_many = "sequences" not in held and tried.replicas * sequences > MAX_OVERSHOOT * step_sequences
+        if sequences < parallel.pp or too_many:
             continue
-        replicas = job.ranks // cp
-        sequences = held.get("sequences") or max(1, -(-step_sequences // replicas))
-        if "sequences" not in held and replicas * sequences > max(MAX_OVERSHOOT * step_sequences, step_sequences):
-            continue
-        for zero in zeros:
-            for ep in eps:
-                if job.ranks % ep or (ep > 1 and zero == 0):
-                    continue
-                for offload in places:
-                    if offload != "none" and zero == 0 or job.parallel.offload_parameters and zero < 3:
-                        continue
-                    for checkpointing in again:
-                        parallel = replace(job.parallel, zero=zero, ep=ep, cp=cp, offload=offload)
-                        yield replace(job, parallel=parallel, sequences=sequences, checkpointing=checkpointing)
+        for checkpointing in again:
+            yield replace(tried, sequences=sequences, checkpointing=checkpointing)
 
 
 def search(

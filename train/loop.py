@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from conf.schema import RunConfig
 from data.packing import PackedBatch
+from model import Transformer
 from model.context import Context
 from train import distributed
 from train.engine import Engine
@@ -33,6 +36,8 @@ from train.losses import (
     step_shapes,
 )
 from train.optim import build_optimizer, rates, select_trainable
+from train.parallel.ep import ExpertParallel
+from train.parallel.pp import PipelineParallel
 from train.pipeline_engine import PipelineEngine
 from train.run import Clock, RunContext
 
@@ -94,11 +99,7 @@ def train(context: RunContext) -> None:
     net = context.build_net()
     select_trainable(net, stage)
     optimizer = build_optimizer(net, config.optim, fused=config.parallel.offload != "none")
-    engine: EngineBase
-    if config.parallel.pp > 1:
-        engine = PipelineEngine(net, optimizer, config, context.pp, context.ep)
-    else:
-        engine = Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
+    engine = make_engine(net, optimizer, config, context.pp, context.ep)
     state = context.restore(engine)
     if "data" in state.extra:
         stream.load_state(state.extra["data"])
@@ -139,6 +140,15 @@ def train(context: RunContext) -> None:
                 context.preempt(engine, state)
     context.export(engine)
     engine.close()
+
+
+def make_engine(
+    net: Transformer, optimizer: Optimizer, config: RunConfig, pp: PipelineParallel, ep: ExpertParallel
+) -> EngineBase:
+    """The engine that the layout asks for, of a `net` that `pp` and `ep` have cut."""
+    if config.parallel.pp > 1:
+        return PipelineEngine(net, optimizer, config, pp, ep)
+    return Engine(net, optimizer, config.optim, config.parallel, config.precision.name)
 
 
 def take_sequences(context: RunContext, stream: Stream) -> list[dict[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 Three moments are asked: the end of the forward, the walk back through the layers with the reduction of gradients behind
 it, and the optimiser's step. What DeepSpeed 0.19.8 keeps and copies is read from its source (docs/planner.md says
-where); what torch keeps for backward is train/activations.py. Bytes everywhere, GB are 1e9.
+where), and so is torch 2.13's pipeline under our engine in depth; what torch keeps for backward is
+train/activations.py. Bytes everywhere, GB are 1e9.
 
 Not seen: what the process itself takes (CUDA context and NCCL: `Memory.outside`, an assumption on a GPU), imbalance of
 experts, and what an allocator cannot hand out again (`Memory.margin`, an assumption too).
@@ -17,6 +18,7 @@ from conf.schema import ModelConfig, ParallelConfig
 from train import activations
 from train.activations import FP32, Shape
 from train.ds_config import MAX_BUCKET
+from train.parallel.depth import cut_in_depth
 from train.parameters import Parameter, parameters
 from train.stages import STAGES, Stage
 
@@ -35,7 +37,7 @@ KINDS = ("weights", "gradients", "optimiser", "activations", "indexer", "weight_
 @dataclass(frozen=True)
 class Job:
     """A stage's step in a layout. `world`: processes; `sequences` of `seq_len` tokens that a replica takes in a step;
-    `pp`: pipeline stages, 1F1B; `fused`: on GPUs, with the Triton kernels."""
+    `fused`: on GPUs, with the Triton kernels. In depth only 1F1B is known."""
 
     model: ModelConfig
     stage: Stage
@@ -46,12 +48,15 @@ class Job:
     sequences: int = 1
     checkpointing: bool = False
     fused: bool = False
-    pp: int = 1
     samples: int = 0  # RL: that a rank draws at a time with its own sampler; 0: servers draw them
 
     @property
+    def pp(self) -> int:
+        return self.parallel.pp
+
+    @property
     def ranks(self) -> int:
-        """That share a pipeline stage's parameters."""
+        """That share a floor's parameters."""
         return self.world // self.pp
 
     @property
@@ -84,6 +89,7 @@ class Memory:
     host: float
     margin: float = 0.0
     outside: float = 0.0
+    floor: int = 0  # whose rank this is
 
     @property
     def allocated(self) -> float:
@@ -113,62 +119,64 @@ class Tally:
 
 @dataclass(frozen=True)
 class Held:
-    """Values of one pipeline stage on a rank before ZeRO cuts them: (`whole`, kept on `ranks` ranks) by group of the
+    """Values of a floor (of the one that there is without pp) on a rank before ZeRO cuts them: by group of the
     optimiser, and those that a layer owns."""
 
+    floor: int
     groups: dict[tuple[bool, bool, bool, bool], int]  # (trains, indexer, matrix, expert)
     layers: dict[int | None, int]  # trainable values by layer
-    largest: int  # of one trainable parameter
+    largest: dict[int | None, int]  # trainable parameter by layer
+    copy: int  # of the embedding that the last floor has for MTP, beside its groups
 
     def sum(self, trains: bool | None = None) -> int:
         return sum(size for key, size in self.groups.items() if trains is None or key[0] == trains)
 
 
-def stage_layers(model: ModelConfig, pp: int, place: int) -> range:
-    """Main layers of pipeline stage `place`; the first stages have one more where they do not divide."""
-    each, more = divmod(model.num_hidden_layers, pp)
-    start = place * each + min(place, more)
-    return range(start, start + each + (place < more))
+@cache
+def floor_parameters(model: ModelConfig, pp: int, floor: int) -> tuple[Parameter, ...]:
+    """The first floor has the embedding, the last the head and MTP."""
+    layers, last = cut_in_depth(model, pp)[floor], floor == pp - 1
 
+    def here(p: Parameter) -> bool:
+        if p.layer is None:
+            return floor == 0 if p.name.startswith("embed") else last
+        return p.layer in layers or last and p.layer >= model.num_hidden_layers
 
-def on_stage(p: Parameter, model: ModelConfig, pp: int, place: int) -> bool:
-    """The first stage has the embedding, the last the head, MTP and a copy of the embedding for it."""
-    last, first = place == pp - 1, place == 0
-    if p.layer is None:
-        return first or (last and model.num_mtp_layers > 0) if p.name.startswith("embed") else last
-    return last if p.layer >= model.num_hidden_layers else p.layer in stage_layers(model, pp, place)
+    return tuple(p for p in parameters(model) if here(p))
 
 
 @cache
-def held(model: ModelConfig, stage: Stage, ep: int, pp: int, place: int) -> Held:
+def held(model: ModelConfig, stage: Stage, ep: int, pp: int, floor: int) -> Held:
     groups: dict[tuple[bool, bool, bool, bool], int] = {}
     layers: dict[int | None, int] = {}
-    largest = 0
-    for p in parameters(model):
-        if not on_stage(p, model, pp, place):
-            continue
+    largest: dict[int | None, int] = {}
+    for p in floor_parameters(model, pp, floor):
         size, trains = p.size // (ep if p.is_expert else 1), p.trains(stage)
         key = (trains, p.is_indexer, len(p.shape) > 1, p.is_expert and ep > 1)
         groups[key] = groups.get(key, 0) + size
         if trains:
             layers[p.layer] = layers.get(p.layer, 0) + size
-            largest = max(largest, size)
-    return Held(groups, layers, largest)
+            largest[p.layer] = max(largest.get(p.layer, 0), size)
+    has_copy = 0 < floor == pp - 1 and model.num_mtp_layers > 0
+    return Held(floor, groups, layers, largest, embedding(model) if has_copy else 0)
+
+
+def embedding(model: ModelConfig) -> int:
+    return model.vocab_size * model.hidden_size
 
 
 def predict(job: Job) -> Memory:
-    """The fullest pipeline stage's fullest moment."""
-    places = {0, job.pp - 1}
-    return max((_stage_memory(job, place) for place in sorted(places)), key=lambda memory: memory.total)
+    """The fullest floor's fullest moment. Floors hold ever fewer micro-batches; the first one receives no states, a
+    dense layer is lighter than others, and the last floor has the head."""
+    cut, dense = cut_in_depth(job.model, job.pp), job.model.first_k_dense_replace
+    fuller = next((floor for floor, layers in enumerate(cut) if floor and layers.start >= dense), job.pp - 1)
+    floors = sorted({*range(fuller + 1), job.pp - 1} if job.pp > 1 else {0})
+    return max((predict_floor(job, floor) for floor in floors), key=lambda memory: memory.total)
 
 
-def _stage_memory(job: Job, place: int) -> Memory:
-    own = held(job.model, job.stage, job.parallel.ep, job.pp, place)
-    phases = {
-        "forward": _forward(job, own, place),
-        "backward": _backward(job, own, place),
-        "step": _step(job, own),
-    }
+def predict_floor(job: Job, floor: int) -> Memory:
+    own = held(job.model, job.stage, job.parallel.ep, job.pp, floor)
+    phases = {"forward": _forward(job, own), "backward": _backward(job, own), "step": _step(job, own)}
     if job.samples:
         phases["rollout"] = _rollout(job, own)
     sums = {name: sum(tally.best.values()) for name, tally in phases.items()}
@@ -176,7 +184,7 @@ def _stage_memory(job: Job, place: int) -> Memory:
     kinds = phases[moment].best
     outside = GPU_OUTSIDE if job.fused else 0.0
     margin = FRAGMENTATION * sum(kinds.values()) if job.fused else 0.0
-    return Memory(kinds, moment, sums, _host(job, own), margin, outside)
+    return Memory(kinds, moment, sums, _host(job, own), margin, outside, floor)
 
 
 def cache_bytes(model: ModelConfig) -> int:
@@ -216,19 +224,32 @@ def _state(job: Job, own: Held) -> Tally:
     parallel, tally = job.parallel, Tally()
     weights, mine = own.sum(), _cut(job, own, trains=True)
     away = parallel.offload != "none"
-    if parallel.zero == 0:
+    if job.pp > 1:  # train/parallel/zero1.py: weights and gradients whole, the share's gradients beside
+        copy = own.copy if job.stage.trains_trunk else 0
+        tally.add("weights", FP32 * (weights + own.copy))
+        tally.add("gradients", FP32 * (own.sum(trains=True) + copy + mine))
+        tally.add("optimiser", 2 * FP32 * mine)
+        tally.add("buffers", _received(job, own))
+    elif parallel.zero == 0:
         tally.add("weights", FP32 * weights)
         tally.add("optimiser", 2 * FP32 * own.sum(trains=True))
     elif parallel.zero < 3:
         tally.add("weights", FP32 * weights)
         tally.add("optimiser", 0 if away else 3 * FP32 * mine)  # its own copy of the weights, two moments
-        tally.add("buffers", FP32 * own.largest if away else 0)
+        tally.add("buffers", FP32 * max(own.largest.values()) if away else 0)
     else:
         tally.add("weights", 0 if parallel.offload_parameters else FP32 * _cut(job, own))
         tally.add("optimiser", 0 if away else 2 * FP32 * mine)
         tally.add("gradients", 0 if away else FP32 * mine)
         tally.add("buffers", FP32 * _bucket(job, own) if mine else 0)
     return tally
+
+
+def _received(job: Job, own: Held) -> float:
+    """torch's pipeline has a buffer for every micro-batch's states, and for every one's gradients coming back. Without
+    a backward it keeps instead what went on, until the next step."""
+    comes, goes = own.floor > 0, own.floor < job.pp - 1
+    return float((comes + goes) * job.sequences * _input_bytes(job))
 
 
 def _gathered(job: Job, own: Held) -> float:
@@ -257,28 +278,29 @@ def _host(job: Job, own: Held) -> float:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer or head of the walk: what it keeps, what it needs beside in either direction, and the values of the
-    gradients that its backward makes."""
+    """One layer or head of the walk: what it keeps, what it needs beside in either direction, the values of the
+    gradients that its backward makes, and of the largest of them that is not in `backward`."""
 
     kept: dict[str, int]
     forward: float
     backward: float
     gradients: int
+    largest: int = 0
     is_layer: bool = True
 
 
-def _blocks(job: Job, own: Held, place: int) -> list[Block]:
+def _blocks(job: Job, own: Held) -> list[Block]:
     model, shape = job.model, job.shape
-    last = place == job.pp - 1
+    last = own.floor == job.pp - 1
     found = [
         _layer_block(job, own, number, number >= model.first_k_dense_replace)
-        for number in stage_layers(model, job.pp, place)
+        for number in cut_in_depth(model, job.pp)[own.floor]
     ]
     if last and job.stage.lm_loss:
         found.append(_head_block(job, own))
     if last and job.with_mtp:
         entry = activations.mtp_entry(shape)
-        found.append(Block(entry, 0.0, 0.0, 0, is_layer=False))
+        found.append(Block(entry, 0.0, 0.0, 0, embedding(model), is_layer=False))
         found.append(_layer_block(job, own, model.num_hidden_layers, True, itemsize=shape.b))
         if job.stage.lm_loss:
             found.append(_head_block(job, own))
@@ -309,7 +331,8 @@ def _layer_block(job: Job, own: Held, number: int, is_moe: bool, itemsize: int =
     if is_moe and job.parallel.ep > 1:
         forward += 2 * FP32 * rows * hidden
     backward = float(max(mlp + narrow, attention)) if shape.trunk else 0.0
-    return Block(activations.layer(shape, is_moe, itemsize), forward, backward, own.layers.get(number, 0))
+    kept, largest = activations.layer(shape, is_moe, itemsize), own.largest.get(number, 0)
+    return Block(kept, forward, backward, own.layers.get(number, 0), largest)
 
 
 def _indexing(job: Job) -> int:
@@ -346,43 +369,30 @@ def _head_block(job: Job, own: Held) -> Block:
     return Block(kept, forward, backward, own.layers.get(None, 0) // 2 if shape.trunk else 0, is_layer=False)
 
 
-def _in_flight(job: Job, place: int) -> int:
-    """Micro-batches whose activations a pipeline stage holds under 1F1B."""
-    return min(job.sequences, job.pp - place)
+def _in_flight(job: Job, own: Held) -> int:
+    """Micro-batches whose activations a floor holds under 1F1B; without a backward there is no second."""
+    return min(job.sequences, job.pp - own.floor) if job.shape.trunk else 1
 
 
 def _input_bytes(job: Job) -> int:
     return FP32 * job.shape.rows * job.model.hidden_size
 
 
-def _cached_copies(job: Job, block: Block) -> float:
-    """Autocast keeps its narrow copy of every linear's weight until the forward ends, checkpointed or not; experts and
-    kv_b_proj are narrowed by hand and not kept."""
-    if job.precision != "bf16" or not job.shape.trunk or not block.is_layer:
-        return 0.0
-    shape, model = job.shape, job.model
-    experts = 3 * model.hidden_size * model.moe_intermediate_size * shape.experts * shape.b
-    values = model.num_attention_heads * model.v_head_dim * model.kv_lora_rank * shape.b
-    by_hand = (values if shape.stage.attention == "sparse" else 0) + experts
-    copies = block.kept.get("weight_copies", 0)
-    return float(copies - by_hand if copies > experts else copies)  # a dense layer has none
-
-
-def _walked(job: Job, own: Held, place: int, tally: Tally) -> list[Block]:
+def _walked(job: Job, own: Held, tally: Tally) -> list[Block]:
     """Adds what a whole forward leaves, noting its fullest moment."""
-    blocks = _blocks(job, own, place)
+    blocks, waiting = _blocks(job, own), _in_flight(job, own) - 1
     tally.add("buffers", _gathered(job, own))
-    tally.add("activations", activations.shared(job.shape))
-    waiting = _in_flight(job, place) - 1
-    if waiting:
-        for block in blocks:
-            for kind, count in _left(job, block).items():
-                tally.add(kind, waiting * count)
+    tally.add("activations", (waiting + 1) * activations.shared(job.shape))
+    if job.pp > 1 and job.shape.trunk:
+        states, comes, goes = _input_bytes(job), own.floor > 0, own.floor < job.pp - 1
+        tally.add("activations", (waiting + 1) * (goes - comes) * states)  # what comes in lies in its buffer
+        tally.add("buffers", comes * states)  # the gradient that was sent last
+    for block in blocks:
+        for kind, count in _left(job, block).items():
+            tally.add(kind, waiting * count)
     for block in blocks:
         for kind, count in _left(job, block).items():
             tally.add(kind, count)
-        if job.checkpointing and block.is_layer:
-            tally.add("weight_copies", _cached_copies(job, block))
         tally.look(workspace=block.forward)
     return blocks
 
@@ -395,11 +405,11 @@ def _left(job: Job, block: Block) -> dict[str, float]:
     return dict(block.kept)
 
 
-def _forward(job: Job, own: Held, place: int) -> Tally:
+def _forward(job: Job, own: Held) -> Tally:
     tally = _state(job, own)
-    if job.sequences > 1:
+    if job.sequences > 1 and job.pp == 1:
         _earlier_gradients(job, own, tally)
-    _walked(job, own, place, tally)
+    _walked(job, own, tally)
     return tally
 
 
@@ -411,24 +421,21 @@ def _earlier_gradients(job: Job, own: Held, tally: Tally) -> None:
         tally.add("gradients", FP32 * _cut(job, own, trains=True))
 
 
-def _backward(job: Job, own: Held, place: int) -> Tally:
+def _backward(job: Job, own: Held) -> Tally:
     tally = _state(job, own)
-    if job.sequences > 1:
+    if job.sequences > 1 and job.pp == 1:
         _earlier_gradients(job, own, tally)
-    blocks = _walked(job, own, place, tally)
-    tally.now["weight_copies"] -= (
-        sum(_cached_copies(job, block) for block in blocks if block.is_layer) if job.checkpointing else 0
-    )
+    blocks = _walked(job, own, tally)
     tally.best = {}
     zero, bucket, made = job.parallel.zero, _bucket(job, own), 0
-    accumulates = job.sequences > 1 and zero < 2
+    accumulates = job.pp > 1 or job.sequences > 1 and zero < 2
     for block in reversed(blocks):
         again: dict[str, float] = {}
         if job.checkpointing and block.is_layer and job.shape.trunk:
             again = {kind: float(count) for kind, count in block.kept.items()}
             again["activations"] -= _input_bytes(job)
             again["indexer"] -= activations.ready_gradients(job.shape)
-        tally.look(**again | {"workspace": block.backward + FP32 * (block.gradients if accumulates else 0)})
+        tally.look(**again | {"workspace": block.backward + FP32 * (block.largest if accumulates else 0)})
         for kind, count in _left(job, block).items():
             tally.add(kind, -count)
         before, made = made, made + block.gradients
@@ -436,7 +443,10 @@ def _backward(job: Job, own: Held, place: int) -> Tally:
             tally.add("gradients", FP32 * block.gradients)
         elif zero == 2:
             tally.add("buffers", FP32 * (min(made, bucket) - min(before, bucket)))
-    _reduction(job, own, tally)
+    if job.pp > 1:
+        _reduction_in_depth(job, own, tally)
+    else:
+        _reduction(job, own, tally)
     return tally
 
 
@@ -456,6 +466,19 @@ def _reduction(job: Job, own: Held, tally: Tally) -> None:
         tally.look(buffers=FP32 * bucket if job.ranks > 1 else 0)
 
 
+def _reduction_in_depth(job: Job, own: Held, tally: Tally) -> None:
+    """The embedding's gradient is made whole, and its copy's comes; then one group after the other. gloo sums in a copy
+    of what is scattered, and the norm is taken of the share in fp64."""
+    model = job.model
+    if job.shape.trunk and own.floor == 0:
+        tally.look(workspace=FP32 * embedding(model))
+    tally.now |= dict.fromkeys(("activations", "indexer", "weight_copies"), 0.0)  # of the others in flight as well
+    for key, size in own.groups.items():
+        if key[0]:
+            tally.look(buffers=0 if job.fused else FP32 * size)
+            tally.look(workspace=2 * FP32 * _cut(job, own, group=key))
+
+
 # The optimiser's step
 
 
@@ -469,9 +492,13 @@ def _step(job: Job, own: Held) -> Tally:
     trained = own.sum(trains=True)
     parts = [_cut(job, own, group=key) for key in own.groups if key[0]]
     largest = max(parts, default=0.0)
-    if parallel.zero == 0:
+    if job.pp > 1:  # gloo gathers into a buffer of its own
+        tally.look(workspace=temporaries * FP32 * largest)
+        whole = 0 if job.fused else max((size for key, size in own.groups.items() if key[0]), default=0)
+        tally.look(buffers=FP32 * (largest + whole))
+    elif parallel.zero == 0:
         tally.add("gradients", FP32 * trained)
-        tally.look(workspace=FP32 * (trained if job.fused else 2 * own.largest))
+        tally.look(workspace=FP32 * (trained if job.fused else 2 * max(own.largest.values())))
     elif parallel.zero < 3:
         tally.add("gradients", FP32 * sum(parts))
         tally.look(gradients=FP32 * largest, workspace=temporaries * FP32 * largest)

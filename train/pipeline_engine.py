@@ -36,7 +36,7 @@ from train.parallel.ep import ExpertParallel, frozen_checksum
 from train.parallel.pp import PipelineParallel
 from train.parallel.schedules import make_schedule
 from train.parallel.zero1 import FlatGroup
-from train.precision import autocast_dtype
+from train.precision import training_autocast
 from train.stages import STAGES
 
 EMBEDDING = "embed_tokens.weight"
@@ -86,7 +86,7 @@ class PipelineEngine(EngineBase):
         """`net` is cut by `pp` and `ep`; `optimizer` holds exactly its parameters that require gradients."""
         self.net, self.optimizer, self.pp, self.ep, self.clip = net, optimizer, pp, ep, config.optim.clip
         self.stage, self._train, self._micro_batches = STAGES[config.stage], config.train, config.train.micro_batches
-        self._autocast = autocast_dtype(config.precision.name)
+        self._precision = config.precision.name
         assert pp.column is not None and pp.floor is not None, "pp=1 needs no pipeline"
         warnings.filterwarnings(
             "ignore", "`torch.distributed.*is deprecated", FutureWarning
@@ -152,8 +152,8 @@ class PipelineEngine(EngineBase):
         self._batches, self._counts, self._stats, self._sums = batches, counts, stats, {}
         for group in self.groups:
             group.gradients.zero_()
-        copy = self.net.get_parameter(EMBEDDING) if self._has_copy else None
-        if copy is not None:
+        if self._has_copy and self._embedding_trains:
+            copy = self.net.get_parameter(EMBEDDING)
             copy.grad = torch.zeros_like(copy)
         numbers = torch.arange(len(batches))
         mine = [self.pp.parts[index] for index in self.pp.mine]
@@ -173,7 +173,7 @@ class PipelineEngine(EngineBase):
         if hidden is not None and hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # itself it is a buffer, which lives on and would collect hooks
             hidden.register_hook(Tensor.contiguous)  # its gradient is sent
-        with torch.autocast(distributed.device().type, self._autocast, enabled=self._autocast is not None):
+        with training_autocast(distributed.device(), self._precision):
             out = self.net(
                 **rows,
                 context=place,

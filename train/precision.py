@@ -13,6 +13,17 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
 
 
+def training_autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Around a forward that a backward follows.
+
+    Without autocast's cache: it would keep the narrow copy of every linear's weight until the forward ends, even where
+    layers are checkpointed. Copies that a backward needs autograd keeps by itself. A weight that a forward uses twice
+    is narrowed twice.
+    """
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 def fp8_backend(precision: str, device: torch.device) -> str | None:
     """How FP8 linears run on `device`: by cuBLAS on Hopper, emulated elsewhere; None where there are none."""
     if precision != "fp8":

@@ -5,13 +5,18 @@ Parts of a micro-batch follow one another. What this engine hides: ZeRO-3 gather
 long as the computing lasts. What it does not: all-to-alls, context parallelism's gathers, and reductions wait where
 they are called (`overlap_comm` is off). `hidden`, a share of that rest, asks what another engine could reach.
 
+In depth (1F1B) a micro-batch passes all floors once, and the slowest floor takes the others behind it: sum of floors +
+(micro-batches - 1) times the slowest, which is (pp - 1) / micro-batches of idle time where all are alike.
+
 Left out, so that a real step is longer: imbalance of experts, stragglers, data loading, checkpoints, launches,
 the way of offloaded states to CPU memory and back and AdamW's step there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
 
 from conf.hardware import Cluster
 from conf.schema import ModelConfig
@@ -19,6 +24,7 @@ from train import activations
 from train.communication import flows, layers_of
 from train.flops import Row, expert_weights, row_flops
 from train.memory_model import Job, held
+from train.parallel.depth import cut_in_depth
 from train.stages import Stage
 
 STEP_BYTES = 7 * 4  # of a trained value: AdamW reads weight, gradient and moments, writes weight and moments
@@ -26,8 +32,9 @@ STEP_BYTES = 7 * 4  # of a trained value: AdamW reads weight, gradient and momen
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on every GPU: `compute` by part, `network` by what travels, both before anything is hidden;
-    `waiting`: what is left of the network; `bubble`: of the pipeline; `optimiser`."""
+    """Seconds of a step on every GPU, in depth on those of the slowest floor: `compute` by part, `network` by what
+    travels, both before anything is hidden; `waiting`: what is left of the network; `bubble`: while the first
+    micro-batch passes the other floors, and the last one's gradients; `optimiser`."""
 
     compute: dict[str, float]
     network: dict[str, float]
@@ -35,6 +42,7 @@ class StepTime:
     bubble: float
     optimiser: float
     tokens: int  # of the whole step
+    floor: int = 0  # whose seconds these are
 
     @property
     def total(self) -> float:
@@ -89,42 +97,97 @@ def _rates(cluster: Cluster, stage: Stage, precision: str) -> dict[str, float]:
     }
 
 
-def network_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
+def network_seconds(job: Job, cluster: Cluster, floor: int = 0) -> dict[str, float]:
     """Of a step, by what travels: `WHAT, MOMENT`. Within a node and between nodes at once: the slower counts."""
     network = cluster.network
     found: dict[str, float] = {}
     near = network.intra_gb_per_s * 1e9 * network.intra_share
     far = network.inter_gb_per_s * 1e9 * network.inter_share
-    for flow in flows(job):
+    for flow in flows(job, floor=floor):
         inside, outside = flow.sent(network.gpus_per_node)
         name = f"{flow.what}, {flow.moment}"
         found[name] = found.get(name, 0.0) + max(inside / near, outside / far)
     return found
 
 
-def predict_step(job: Job, cluster: Cluster, hidden: float = 0.0) -> StepTime:
-    """`hidden`: share of what this engine waits for that another could hide behind computing."""
-    share = job.sequences / (job.parallel.cp * job.pp)  # of a sequence's work, on each rank of a replica
-    flops = step_flops(job.model, job.stage, job.seq_len, job.checkpointing)
+@cache
+def floor_flops(
+    model: ModelConfig, stage: Stage, seq_len: int, checkpointing: bool, pp: int, floor: int
+) -> dict[str, float]:
+    """`step_flops` of the layers of a floor; the last one has MTP and the heads."""
+    layers, last = cut_in_depth(model, pp)[floor], floor == pp - 1
+    dense = sum(number < model.first_k_dense_replace for number in layers)
+    mtp = model.num_nextn_predict_layers if last else 0
+    part = replace(model, num_hidden_layers=len(layers), first_k_dense_replace=dense, num_nextn_predict_layers=mtp)
+    found = step_flops(part, stage, seq_len, checkpointing)
+    return found if last else found | {"head": 0.0}
+
+
+def floor_seconds(job: Job, cluster: Cluster, floor: int) -> dict[str, float]:
+    """What a floor's GPUs compute in a step, by part."""
+    share = job.sequences / job.parallel.cp  # of a sequence's work, on each rank of a replica
     rates = _rates(cluster, job.stage, job.precision)
+    flops = floor_flops(job.model, job.stage, job.seq_len, job.checkpointing, job.pp, floor)
     compute = {name: share * count / rates[name] for name, count in flops.items()}
-    layers, moe_layers = layers_of(job)
+    layers, moe_layers = layers_of(job, floor)
     shape = job.shape
     rows = layers * (shape.rows * job.model.hidden_size * 16) + moe_layers * activations.moe(shape)
     memory = cluster.gpu.memory_gb_per_s * 1e9 * cluster.rates.memory
     passes = cluster.training.passes * (1 if shape.trunk else 1 / 3)
-    compute["elementwise"] = job.sequences * passes * rows / memory
-    network = network_seconds(job, cluster)
-    computing = sum(compute.values())
-    ahead = network.get("weights, forward", 0.0)
+    return compute | {"elementwise": job.sequences * passes * rows / memory}
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """Seconds of a step: computing, waiting while micro-batches run, and waiting for what a step does once."""
+
+    floor: int
+    compute: dict[str, float]
+    network: dict[str, float]
+    waiting: float
+    once: float
+
+    @property
+    def busy(self) -> float:
+        return sum(self.compute.values()) + self.waiting
+
+
+def _floor(job: Job, cluster: Cluster, hidden: float, floor: int) -> _Floor:
+    compute, network = floor_seconds(job, cluster, floor), network_seconds(job, cluster, floor)
+    computing, ahead = sum(compute.values()), network.get("weights, forward", 0.0)
+    once = sum(seconds for name, seconds in network.items() if name.endswith((", boundary", ", step")))
     rest = sum(network.values()) - ahead
     waiting = max(0.0, ahead - computing) + rest - min(rest * hidden, computing)
-    bubble = (job.pp - 1) / job.sequences * (computing + waiting)
-    own = held(job.model, job.stage, job.parallel.ep, job.pp, 0)
+    return _Floor(floor, compute, network, waiting - min(once, waiting), min(once, waiting))
+
+
+def _kinds_of_floor(job: Job) -> list[int]:
+    """For each floor the first one with as many layers of both kinds; the two ends are like no other."""
+    ends, dense = (0, job.pp - 1), job.model.first_k_dense_replace
+    kinds = [
+        (floor if floor in ends else None, len(layers), sum(number < dense for number in layers))
+        for floor, layers in enumerate(cut_in_depth(job.model, job.pp))
+    ]
+    return [kinds.index(kind) for kind in kinds]
+
+
+def predict_step(job: Job, cluster: Cluster, hidden: float = 0.0) -> StepTime:
+    """`hidden`: share of what this engine waits for that another could hide behind computing."""
+    alike = Counter(_kinds_of_floor(job))  # of many floors few differ
+    floors = {floor: _floor(job, cluster, hidden, floor) for floor in alike}
+    slowest = max(floors.values(), key=lambda floor: floor.busy)
+    every = sum(count * floors[floor].busy for floor, count in alike.items())
+    bubble = (every - slowest.busy) / job.sequences
+    waiting = slowest.waiting + max(floor.once for floor in floors.values())
+    memory = cluster.gpu.memory_gb_per_s * 1e9 * cluster.rates.memory
+    own = held(job.model, job.stage, job.parallel.ep, job.pp, slowest.floor)
     mine = sum(
         size / (job.ranks / job.parallel.ep if key[3] else job.ranks) if job.parallel.zero else size
         for key, size in own.groups.items()
         if key[0]
     )
     tokens = job.replicas * job.sequences * job.seq_len
-    return StepTime(compute, network, waiting, bubble, STEP_BYTES * mine / memory, tokens)
+    return StepTime(
+        slowest.compute, slowest.network, waiting, bubble, STEP_BYTES * mine / memory, tokens,
+        slowest.floor,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train.engine
+from bench.plan import AGAIN, traffic_row
 from bench.plan_communication import Bytes, rows_of
 from conf.schema import OptimConfig, ParallelConfig, RunConfig
 from model.context import documents
@@ -145,6 +146,19 @@ def test_a_step_moves_the_bytes_of_the_formulas(cell: Cell) -> None:
     choices = [chosen for _, chosen in answers]
     for rank, (found, _) in enumerate(answers):
         assert found == wanted(cell, choices, rank), rank
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (2, ("+stage=sparse_adapt", "parallel.pp=2", "train.micro_batches=3")),
+        (4, ("+stage=sparse_adapt", "parallel.pp=2", "parallel.ep=2", "train.micro_batches=2")),
+        (4, ("+stage=pretrain", "parallel.pp=2", "parallel.cp=2", "train.micro_batches=2", *AGAIN)),
+    ],
+)
+def test_floors_move_the_bytes_of_the_formulas(world: int, settings: tuple[str, ...]) -> None:
+    row = traffic_row(world, settings)
+    assert row["equal"] and row["counted"]["send"] > 0
 
 
 @pytest.mark.parametrize("cp", [2, 4])

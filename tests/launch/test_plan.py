@@ -42,10 +42,14 @@ def test_a_search_over_what_is_open(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "layouts fit 8 x 80 GB" in capsys.readouterr().out
 
 
-def test_a_search_plans_the_best_of_what_was_left_open(tmp_path: Path) -> None:
+def test_a_search_plans_the_best_of_what_was_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = plan(tmp_path, *V3_2, "parallel.pp=16", "--search")
     assert status == 0 and found["fits"] and found["settings"] == found["ranked"][0]["settings"]
     assert "parallel.pp=16" in found["settings"] and "parallel.ep=1 " not in found["settings"]
+    text, floor = capsys.readouterr().out, found["step"]["floor"]
+    assert f"on floor {floor} of 16, the slowest" in text and f"traffic on floor {floor} of 16" in text
+    assert f"(backward on floor {found['memory']['floor']} of 16)" in text and "pipeline bubble" in text
+    assert "RL: no layout in depth runs it" in text and len(found["budgets"]) == 2
 
 
 def test_as_it_is_fills_in_nothing(tmp_path: Path) -> None:
@@ -53,6 +57,19 @@ def test_as_it_is_fills_in_nothing(tmp_path: Path) -> None:
     assert status == 0 and found["filled"] == [] and found["seq_len"] == 512 and found["precision"] == "fp32"
     assert found["settings"] == "parallel.zero=1 parallel.ep=1 parallel.cp=1 train.micro_batches=1"
     assert found["memory"]["outside"] == 0  # no GPU
+
+
+def test_as_it_is_in_depth(tmp_path: Path) -> None:
+    layout = ("parallel.pp=4", "parallel.ep=2", "train.micro_batches=6")
+    status, found = plan(tmp_path, "+stage=sparse_adapt", "cluster=h100", *layout, "--as-is")
+    assert status == 0 and found["filled"] == [] and found["seq_len"] == 512
+    wanted = "parallel.zero=1 parallel.ep=2 parallel.cp=1 parallel.pp=4 train.micro_batches=6"
+    assert found["settings"] == wanted and found["step"]["tokens"] == 2 * 6 * 512  # two replicas
+
+
+def test_a_layout_in_depth_takes_as_many_micro_batches_as_floors(tmp_path: Path) -> None:
+    _, found = plan(tmp_path, "+stage=pretrain", "model=small", "cluster=h800_2048", "parallel.pp=4", "gpus=2048")
+    assert "train.micro_batches=4" in found["settings"]
 
 
 def test_what_does_not_fit_is_planned_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +99,14 @@ def test_rollouts_of_a_small_policy_are_its_own(tmp_path: Path) -> None:
         ((*V3_2, "paralel.zero=3"), "unknown key paralel.zero: did you mean parallel.zero?"),
         ((*V3_2, "parallel.zero=3", "parallel.ep=48"), "parallel.ep=48 does not divide"),
         ((*V3_2, "parallel.zero=0", "parallel.ep=64"), "parallel.ep=64 needs ZeRO"),
-        ((*V3_2, "parallel.zero=1", "parallel.pp=3"), "parallel.pp=3 must divide gpus=2048"),
-        ((*V3_2, "parallel.zero=3", "parallel.pp=4"), "parallel.pp=4 goes with parallel.zero=1 alone"),
+        ((*V3_2, "parallel.zero=1", "parallel.pp=3"), "parallel.pp=3 does not divide the world of 2048"),
+        ((*V3_2, "parallel.zero=3", "parallel.pp=4"), "parallel.pp=4 has an optimiser of its own"),
+        ((*V3_2, "parallel.pp=64"), "cuts the model into 64 parts and model.num_hidden_layers=61"),
+        ((*V3_2, "parallel.pp=0"), "parallel.pp=0"),
+        ((*V3_2, "parallel.pp=16", "train.micro_batches=8"), "give train.micro_batches=16"),
+        ((*V3_2, "parallel.pp=2", "--as-is"), "give train.micro_batches=2"),
+        (("+stage=grpo", *V3_2[1:], "parallel.pp=2"), "parallel.pp=2 is not supported in stage grpo"),
+        ((*V3_2, "parallel.pp=4", "parallel.pp_schedule=zbv"), "parallel.pp_schedule=zbv is not planned"),
         (("+stage=evaluate", "cluster=h100"), "+stage=evaluate trains nothing"),
         (("cluster=h100",), "no stage is given"),
         ((*V3_2, "--serch"), "--serch is no option"),

@@ -15,7 +15,7 @@ from tests.train import tiny
 from train import activations
 from train.activations import Shape
 from train.optim import select_trainable
-from train.precision import autocast_dtype
+from train.precision import training_autocast
 from train.stages import STAGES
 from train.start import OpSettings
 
@@ -38,10 +38,9 @@ def kept(model: ModelConfig, stage_name: str, precision: str, checkpointing: boo
         seen.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
         return tensor
 
-    dtype = autocast_dtype(precision)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype is not None),
+        training_autocast(torch.device("cpu"), precision),
     ):
         out = net(
             **random_batch(model, T, 0),

@@ -9,7 +9,7 @@ import pytest
 from conf.load import load
 from conf.schema import ModelConfig, ParallelConfig
 from tests.train import tiny
-from train.memory_model import Job, predict, stage_layers
+from train.memory_model import Job, floor_parameters, predict, predict_floor
 from train.parameters import parameters
 from train.stages import STAGES
 
@@ -61,6 +61,8 @@ def test_checkpointing_keeps_inputs_alone() -> None:
     long = job(length=4096, zero=0)
     plain, again = predict(long), predict(replace(long, checkpointing=True))
     assert again.phases["forward"] < 0.7 * plain.phases["forward"]
+    narrow = predict(replace(long, checkpointing=True, precision="bf16"))  # autocast keeps no copies of weights either
+    assert narrow.phases["forward"] < again.phases["forward"]
     frozen = job("dense_warmup", length=4096, zero=0)
     assert predict(frozen) == predict(replace(frozen, checkpointing=True))
 
@@ -87,15 +89,49 @@ def test_later_micro_batches_find_gradients() -> None:
         assert more == pytest.approx(4 * trained * share)
 
 
-def test_pipeline_stages() -> None:
+DEEP = replace(MODEL, num_hidden_layers=5, first_k_dense_replace=1)
+
+
+def deep(stage: str = "sparse_adapt", sequences: int = 6, pp: int = 3, **parallel: int) -> Job:
+    return replace(job(stage, 6, 64, DEEP, pp=pp, **parallel), sequences=sequences)
+
+
+def test_states_of_a_floor() -> None:
+    """Weights and gradients whole, and of the share of two ranks gradients again and two moments; the last floor's copy
+    of the embedding has a gradient alone."""
+    found = deep()
+    weights = [floor_parameters(DEEP, 3, floor) for floor in range(3)]
+    assert sum(map(len, weights)) == len(parameters(DEEP))
+    for floor, mine in enumerate(weights):
+        size = sum(p.size for p in mine)
+        copy = DEEP.vocab_size * DEEP.hidden_size if floor == 2 else 0
+        kinds = predict_floor(found, floor).kinds
+        assert kinds["weights"] == 4 * (size + copy)
+        assert kinds["gradients"] == pytest.approx(4 * (size * 1.5 + copy))
+        assert kinds["optimiser"] == pytest.approx(4 * size)
+    frozen = deep("dense_warmup")
+    indexers = sum(p.size for p in weights[2] if p.is_indexer)
+    assert predict_floor(frozen, 2).kinds["gradients"] == pytest.approx(4 * indexers * 1.5)
+
+
+def test_a_floor_holds_the_micro_batches_in_flight() -> None:
+    states = 4 * 64 * DEEP.hidden_size
+    for floor, ways in ((0, 1), (1, 2), (2, 1)):  # buffers of states that come, and of gradients that come back
+        found = predict_floor(deep(), floor).phases["forward"]
+        more = predict_floor(deep(sequences=7), floor).phases["forward"] - found
+        assert more == ways * states, floor
+    for floor, in_flight in ((0, 3), (1, 2), (2, 1)):
+        found = [predict_floor(deep(sequences=n), floor).phases["forward"] for n in (1, 2, 3)]
+        grows = [more - less > 2 * states for less, more in zip(found, found[1:], strict=False)]
+        assert grows == [in_flight > 1, in_flight > 2], floor
+
+
+def test_the_fullest_floor_is_planned() -> None:
     model = load(["+stage=pretrain", "model=deepseek_v3_2"]).config.model
-    assert [len(stage_layers(model, 16, place)) for place in range(16)] == [4] * 13 + [3] * 3
-    assert [n for place in range(16) for n in stage_layers(model, 16, place)] == list(range(61))
-    whole = Job(model, STAGES["sparse_adapt"], ParallelConfig(zero=1, ep=64, cp=16), 1024, 131072, fused=True)
-    split = replace(whole, world=16384, pp=16, sequences=64)
-    assert predict(split).kinds["weights"] < 0.12 * predict(whole).kinds["weights"]
-    few = replace(split, sequences=2)  # fewer micro-batches than stages: fewer in flight
-    assert predict(few).kinds["activations"] < 0.2 * predict(split).kinds["activations"]
+    layout = ParallelConfig(zero=1, ep=64, cp=16, pp=16)
+    whole = Job(model, STAGES["sparse_adapt"], layout, 16384, 131072, "bf16", 64, True, True)
+    every = [predict_floor(whole, floor) for floor in range(16)]
+    assert predict(whole) == max(every, key=lambda memory: memory.total)
 
 
 def test_a_copy_of_the_weights_and_a_cache_for_rollouts() -> None:

@@ -19,27 +19,7 @@ from conf.schema import ModelConfig
 from conf.validate_pipeline import PARTS
 from model.transformer import Part, Transformer
 from train import distributed
-
-
-def cut_in_depth(model: ModelConfig, count: int) -> list[Part]:
-    """`count` parts of about as many layers, MTP's counted to the last; each has one of the main ones at least."""
-    layers, mtp = model.num_hidden_layers, model.num_mtp_layers
-    assert layers >= count, f"{layers} layers cannot be cut into {count} parts"
-    each, more = divmod(layers + mtp, count)
-    sizes = [each + (i < more) for i in range(count)]
-    sizes[-1] -= mtp
-    while sizes[-1] < 1:
-        sizes[sizes.index(max(sizes))] -= 1
-        sizes[-1] += 1
-    ends = [sum(sizes[: i + 1]) for i in range(count)]
-    return [Part(end - size, end, layers) for size, end in zip(sizes, ends, strict=True)]
-
-
-def parts_of_floor(schedule: str, size: int, floor: int) -> list[int]:
-    """Numbers of the parts that a floor holds, ascending."""
-    if PARTS[schedule] == 1:
-        return [floor]
-    return [floor, floor + size if schedule == "interleaved" else 2 * size - 1 - floor]
+from train.parallel.depth import cut_in_depth, parts_of_floor
 
 
 class PipelineParallel:
@@ -53,7 +33,8 @@ class PipelineParallel:
         assert world % size == 0, f"pp={size} in a world of {world}"
         self.size, self.schedule, self.breadth = size, schedule, world // size
         self.rank, self.place = divmod(rank, self.breadth)
-        self.parts = cut_in_depth(model, size * PARTS[schedule]) if size > 1 else []
+        cut = cut_in_depth(model, size * PARTS[schedule]) if size > 1 else []
+        self.parts = [Part(layers.start, layers.stop, model.num_hidden_layers) for layers in cut]
         self.mine = parts_of_floor(schedule, size, self.rank) if size > 1 else []
         self.column: dist.ProcessGroup | None = None
         self.floor: dist.ProcessGroup | None = None
