@@ -24,7 +24,8 @@ from conf.load import load
 from conf.schema import ModelConfig, RunConfig
 from model import Transformer
 from train.flops import Row, row_flops
-from train.memory_model import Job, Memory, predict_floor
+from train.job import Job
+from train.memory_model import Memory, predict_floor
 from train.stages import STAGES
 
 TOLERANCE = 0.1  # of the measured peak

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.plan_memory import Training
 from conf.schema import RunConfig
 from train.communication import by_collective, flows, scalar_bytes
-from train.memory_model import Job
+from train.job import Job
 
 CALLS = {
     "_allgather_base_": "all-gather",

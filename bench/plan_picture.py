@@ -10,7 +10,8 @@ from xml.sax.saxutils import escape
 from bench.cost import DOCS, STYLE, v3_2
 from conf.hardware import load_cluster
 from conf.schema import ParallelConfig
-from train.memory_model import KINDS, Job, Memory, predict
+from train.job import Job
+from train.memory_model import KINDS, Memory, predict
 from train.stages import STAGES
 
 LENGTH, STEP_SEQUENCES = 131072, {"sparse_adapt": 480, "dense_warmup": 16}

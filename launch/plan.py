@@ -33,8 +33,9 @@ from launch.plan_text import ranking, report  # noqa: E402
 from train.budgets import PAPER_LENGTH, PAPER_SEQUENCES, Cost, budgets  # noqa: E402
 from train.communication import flows  # noqa: E402
 from train.flops import flops_per_token  # noqa: E402
+from train.job import Job  # noqa: E402
 from train.layouts import Found, enough_micro_batches, leanest, search  # noqa: E402
-from train.memory_model import Job, predict  # noqa: E402
+from train.memory_model import predict  # noqa: E402
 from train.parameters import counts  # noqa: E402
 from train.stages import STAGES  # noqa: E402
 from train.step_time import predict_step  # noqa: E402

@@ -9,8 +9,9 @@ from conf.hardware import Cluster
 from train.budgets import RL, budgets
 from train.communication import flows
 from train.flops import flops_per_token
+from train.job import Job
 from train.layouts import Found
-from train.memory_model import KINDS, Job
+from train.memory_model import KINDS
 from train.parameters import counts
 from train.step_time import step_flops
 

@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any
 
 from train.activations import FP32, INT64
-from train.memory_model import WINDOW, Job, embedding, floor_parameters
+from train.job import Job, embedding, floor_parameters
+from train.memory_model import WINDOW
 from train.parallel.depth import cut_in_depth
 from train.parameters import Parameter, parameters
 

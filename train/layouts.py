@@ -13,7 +13,8 @@ from typing import Any
 
 from conf.hardware import Cluster
 from conf.schema import ParallelConfig
-from train.memory_model import Job, Memory, predict
+from train.job import Job
+from train.memory_model import Memory, predict
 from train.step_time import StepTime, predict_step
 
 MAX_OVERSHOOT = 1.25  # of the sequences that a step should take, where they do not divide among replicas

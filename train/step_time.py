@@ -23,7 +23,7 @@ from conf.schema import ModelConfig
 from train import activations
 from train.communication import flows, layers_of
 from train.flops import Row, expert_weights, row_flops
-from train.memory_model import Job, held
+from train.job import Job, held
 from train.parallel.depth import cut_in_depth
 from train.stages import Stage
 

@@ -21,8 +21,9 @@ from model.context import documents
 from tests.distributed.helper import run_ranks
 from tests.train import tiny
 from train.communication import by_collective, flows, scalar_bytes
+from train.job import Job
 from train.loop import run_step
-from train.memory_model import WINDOW, Job
+from train.memory_model import WINDOW
 from train.optim import build_optimizer, select_trainable
 from train.parallel.cp import ContextParallel
 from train.parallel.ep import ExpertParallel

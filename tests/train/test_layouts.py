@@ -17,8 +17,9 @@ from tests.train import tiny
 from train.budgets import PAPER_TOKENS, PRETRAIN_LENGTH, PRETRAIN_TOKENS, RL_SHARE, budgets, rl_tokens
 from train.communication import Flow, flows
 from train.flops import flops_per_token
+from train.job import Job
 from train.layouts import Found, candidates, leanest, search
-from train.memory_model import Job, predict
+from train.memory_model import predict
 from train.stages import STAGES
 from train.step_time import floor_flops, predict_step, step_flops
 

@@ -9,7 +9,8 @@ import pytest
 from conf.load import load
 from conf.schema import ModelConfig, ParallelConfig
 from tests.train import tiny
-from train.memory_model import Job, floor_parameters, predict, predict_floor
+from train.job import Job, floor_parameters
+from train.memory_model import predict, predict_floor
 from train.parameters import parameters
 from train.stages import STAGES
 
