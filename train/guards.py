@@ -36,8 +36,8 @@ class Guard:
         if not math.isfinite(loss):
             return f"loss {loss}"
         level, self.window = self.level(), [*self.window, loss][-WINDOW:]
-        if self.first is None and len(self.window) == FEWEST:
-            self.first = statistics.median(self.window)
+        if self.first is None and len(self.window) >= FEWEST:
+            self.first = statistics.median(self.window[:FEWEST])
         if not math.isfinite(grad_norm):
             return f"gradient norm {grad_norm} (loss {loss:.4g})"
         if level > 0 and loss > self.spike_factor * level:
@@ -64,4 +64,4 @@ class Guard:
 
     def load_state(self, state: dict) -> None:
         self.window, self.skipped = [float(x) for x in state["window"]], int(state["skipped"])
-        self.first = None if state["first"] is None else float(state["first"])
+        self.first = state.get("first")  # earlier states have none

@@ -74,3 +74,9 @@ def test_state_goes_round() -> None:
     other.load_state(guard.state())
     assert (other.window, other.first, other.skipped) == (guard.window, 2.0, 1)
     assert other.judge(6.1, 1.0) == guard.judge(6.1, 1.0)
+
+
+def test_a_state_without_the_first_losses_is_read() -> None:
+    guard = Guard(3.0, 2)
+    guard.load_state({"window": [2.0] * WINDOW, "skipped": 1})
+    assert guard.judge(2.0, 1.0) is None and guard.judge(6.1, 1.0) is not None
