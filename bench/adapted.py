@@ -32,7 +32,7 @@ def stage(arguments: str, ranks: int = 1, program: tuple[str, ...] = ("launch/st
 
 
 def plan() -> dict[str, Any]:
-    """The demo's: `commands` (name -> arguments of launch/stage.py, under OUT), `domains`, `min_gain`."""
+    """The demo's: `commands` (name -> arguments of launch/stage.py, under OUT), `domains`, `min_righted`."""
     found: dict[str, Any] = json.loads(run_python("launch/demo.py", "--list", "--dir", str(OUT.relative_to(ROOT))))
     return found
 
