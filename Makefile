@@ -33,13 +33,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f .venv/.installed-*
 	@touch $@
 
+# Tests of limits of time, which are measured best alone.
+TIMED = tests/rl/sandbox tests/rl/tools
 # Two files at a time, for tests wait a good deal; one thread a process, for more only contend with each other.
 test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/test_architecture.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/test_architecture.py $(TIMED:%=--ignore=%)
+	$(BIN)/python -m pytest -q $(TIMED)
 
 demo: setup
 	$(BIN)/python launch/demo.py $(if $(filter short,$(DEMO)),--short)

@@ -15,6 +15,8 @@ def is_host(text: str) -> bool:
     """HOST or HOST:PORT."""
     try:
         parts = urlsplit(f"//{text}")
+        (parts.hostname or "").encode("idna")
         return bool(parts.hostname) and parts.port != 0 and text.isprintable() and not any(map(str.isspace, text))
-    except ValueError:  # a port that is no number or too high, a bracket that does not close
+    except ValueError:  # a port that is no number or too high, a bracket that does not close, a part of a name that is
+        # empty or too long
         return False

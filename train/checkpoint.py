@@ -45,7 +45,7 @@ class TrainState:
     sequences: int = 0  # that a step takes
     model: dict[str, Any] = field(default_factory=dict)  # ModelConfig
     files: list[dict[str, Any]] = field(default_factory=list)  # shards.Written of every rank
-    extra: dict[str, Any] = field(default_factory=dict)  # of the RL loop
+    extra: dict[str, Any] = field(default_factory=dict)  # of the loop
 
 
 @dataclass(frozen=True)

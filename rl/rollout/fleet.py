@@ -94,11 +94,15 @@ class Fleet:
 
     async def open(self) -> None:
         """Looks at all of them, and returns when one is there. UserError where one is started in a way that cannot do,
-        ServersLost where none is there for too long."""
+        ServersLost where none is there for too long; closed then."""
         self._seen_ready = time.monotonic()
-        await asyncio.gather(*(self.look(server) for server in self.servers))
-        self._looking = [asyncio.create_task(self._look_after(server)) for server in self.servers]
-        await self._until(lambda: any(server.state is not State.DOWN for server in self.servers))
+        try:
+            await asyncio.gather(*(self.look(server) for server in self.servers))
+            self._looking = [asyncio.create_task(self._look_after(server)) for server in self.servers]
+            await self._until(lambda: any(server.state is not State.DOWN for server in self.servers))
+        except BaseException:
+            await self.close()
+            raise
         self.opened = True
 
     async def close(self) -> None:

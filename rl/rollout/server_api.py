@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 
 REASON_CHARS = 300  # of a server's own words in a message
+KEEP_S = 4.0  # an idle connection; servers (uvicorn) end it after 5 s, and a request on its way then is lost
 
 
 class Failed(Exception):
@@ -92,7 +93,7 @@ class ServerApi:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),  # rl.servers.concurrent bounds them
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),  # rl.servers.concurrent bounds them
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # each request has its own
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -101,6 +102,7 @@ class ServerApi:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+        self._session = None
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:

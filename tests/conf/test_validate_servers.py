@@ -29,6 +29,10 @@ def found(argv: str, stage: str = "grpo") -> list[str]:
             "rl.servers.urls names http://a:1 2 times: give it once",
         ),
         (
+            "rl.engine=vllm rl.servers.urls=http://a..b:8000",
+            "rl.servers.urls=http://a..b:8000 is no address: give http://HOST:PORT",
+        ),
+        (
             "rl.engine=vllm rl.servers.urls=http://h:80a",
             "rl.servers.urls=http://h:80a is no address: give http://HOST:PORT",
         ),

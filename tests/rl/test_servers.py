@@ -311,6 +311,19 @@ def test_a_version_that_nobody_knows_is_refused(
                 pass
 
 
+def test_a_start_that_is_refused_leaves_no_connection_open(base: str):
+    """At the end of the process it would be told of behind the user's one line."""
+    loop = LoopThread("servers")
+    with served("vllm", base, version="9.9") as servers:
+        rl = replace(RL, engine="vllm", servers=replace(QUICK, urls=(servers[0].url,)))
+        wanted = wanted_of(rl, decoding_of(base, 0).net.config, tokenizer_of(base).eos_token_id)
+        fleet = Fleet(dialect_of(rl), rl.servers, wanted, "", leader=True)
+        with pytest.raises(UserError, match="9.9"):
+            loop.wait(fleet.open())
+        assert all(server.api._session is None for server in fleet.servers)
+    loop.close()
+
+
 COLD = replace(RL, temperature=0.003, stop=())
 
 

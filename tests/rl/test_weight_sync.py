@@ -88,15 +88,17 @@ def test_a_group_that_ends_in_the_middle_of_a_broadcast_is_waited_for_by_nobody(
             raise RuntimeError("a server has refused")
 
     port = free_port()
-    peer = multiprocessing.get_context("fork").Process(target=_joins, args=(port, 60))
+    peer = multiprocessing.get_context("fork").Process(target=_joins, args=(port, 60), daemon=True)
     peer.start()
-    group, begin = TorchGroup("127.0.0.1", port, 0, 2, "gloo", 60), time.monotonic()
-    with pytest.raises(RuntimeError, match="refused") as caught:  # its traceback holds the group
-        group.broadcast(torch.ones(1000, 1000), give_up)
-    begin = time.monotonic()
-    group.close()
-    del group, caught
-    gc.collect()
-    assert time.monotonic() - begin < 2.0
-    peer.kill()
-    peer.join()
+    try:
+        group, begin = TorchGroup("127.0.0.1", port, 0, 2, "gloo", 60), time.monotonic()
+        with pytest.raises(RuntimeError, match="refused") as caught:  # its traceback holds the group
+            group.broadcast(torch.ones(1000, 1000), give_up)
+        begin = time.monotonic()
+        group.close()
+        del group, caught
+        gc.collect()
+        assert time.monotonic() - begin < 2.0
+    finally:
+        peer.kill()
+        peer.join()
