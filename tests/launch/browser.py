@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FOUND = next((path for name in NAMES if (path := shutil.which(name))), None)
 MISSING = f"no browser on the PATH: none of {', '.join(NAMES)}"
 WAIT_S = 30.0
+
+
+class Navigated(Exception):
+    """The document went away while it was asked."""
 
 
 class Browser:
@@ -47,6 +51,8 @@ class Browser:
         while True:
             answer = self._read()
             if answer.get("id") == self._number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated(answer["error"]["message"])
                 assert "error" not in answer, answer["error"]
                 return dict(answer["result"])
 
@@ -80,12 +86,14 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, condition: str, seconds: float = WAIT_S) -> Any:
-        """Waits until the expression is true and returns it."""
+        """Waits until the expression is true, in this document or the next, and returns it."""
         stop = time.monotonic() + seconds
-        while not (found := self.run(condition)):
+        while True:
+            with suppress(Navigated):
+                if found := self.run(condition):
+                    return found
             assert time.monotonic() < stop, f"never true: {condition}"
             time.sleep(0.05)
-        return found
 
     def press(self, key: str, text: str = "") -> None:
         codes = {"Tab": 9, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, " ": 32}

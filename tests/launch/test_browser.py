@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -214,13 +215,17 @@ def test_a_run_that_ended_before_the_zoomed_range_is_no_bar(page: Browser, addre
 
 def test_the_command_serves_and_a_server_that_is_gone_is_said(page: Browser, runs: Path) -> None:
     command = [sys.executable, str(ROOT / "launch/report.py"), "--serve", "0"]
-    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout
-        found = re.match(r"http://127\.0\.0\.1:\d+/", serving.stdout.readline())
-        assert found
-        shown(page, found[0], "base")
-        serving.send_signal(signal.SIGINT)
-        assert serving.wait(30) == 0
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored
+    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True, preexec_fn=heeds) as serving:
+        try:
+            assert serving.stdout
+            found = re.match(r"http://127\.0\.0\.1:\d+/", serving.stdout.readline())
+            assert found
+            shown(page, found[0], "base")
+            serving.send_signal(signal.SIGINT)
+            assert serving.wait(30) == 0
+        finally:
+            serving.kill()
     page.until("$('status').textContent.includes('does not answer')")
     assert page.run(LINES) == [20]
     assert not list(runs.rglob("report"))
