@@ -29,6 +29,7 @@ from conf.hardware import Cluster, load_cluster  # noqa: E402
 from conf.load import load  # noqa: E402
 from conf.schema import RunConfig  # noqa: E402
 from conf.validate import check  # noqa: E402
+from conf.validate_pipeline import micro_batches_needed  # noqa: E402
 from launch.plan_text import ranking, report  # noqa: E402
 from train.budgets import PAPER_LENGTH, PAPER_SEQUENCES, Cost, budgets  # noqa: E402
 from train.communication import flows  # noqa: E402
@@ -159,7 +160,7 @@ def check_layout(question: Question) -> None:
     if question.free:
         config = replace(config, parallel=replace(config.parallel, zero=1, ep=1, cp=1, pp=1))
     elif question.sequences_open:
-        enough = max(config.train.micro_batches, config.parallel.pp)
+        enough = micro_batches_needed("1f1b", config.parallel.pp, config.train.micro_batches)
         config = replace(config, train=replace(config.train, micro_batches=enough))
     check(config, question.cluster.network.gpus)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.hardware import Cluster
 from conf.schema import ParallelConfig
+from conf.validate_pipeline import micro_batches_needed
 from train.job import Job
 from train.memory_model import Memory, predict
 from train.step_time import StepTime, predict_step
@@ -46,8 +47,8 @@ def powers(most: int) -> Iterator[int]:
 
 
 def enough_micro_batches(job: Job, step_sequences: int) -> int:
-    """Of a replica, so that a step takes `step_sequences` sequences or a few more; 1F1B wants as many as floors."""
-    return max(job.pp, -(-step_sequences // job.replicas))
+    """Of a replica, so that a step takes `step_sequences` sequences or a few more, as 1F1B can run them."""
+    return micro_batches_needed("1f1b", job.pp, -(-step_sequences // job.replicas))
 
 
 def layouts(job: Job, held: Mapping[str, Any]) -> Iterator[ParallelConfig]:
@@ -81,7 +82,7 @@ def candidates(job: Job, step_sequences: int, held: Mapping[str, Any]) -> Iterat
         tried = replace(job, parallel=parallel)
         sequences = held.get("sequences") or enough_micro_batches(tried, step_sequences)
         too_many = "sequences" not in held and tried.replicas * sequences > MAX_OVERSHOOT * step_sequences
-        if sequences < parallel.pp or too_many:
+        if sequences != micro_batches_needed("1f1b", parallel.pp, sequences) or too_many:
             continue
         for checkpointing in again:
             yield replace(tried, sequences=sequences, checkpointing=checkpointing)

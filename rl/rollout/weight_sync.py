@@ -373,8 +373,9 @@ def buckets(net: Transformer, read: Read, dtype: torch.dtype, max_bytes: int) ->
             continue
         kept = stored_dtype(slot.hf_name, dtype)
         size = math.prod(slot.shape) * kept.itemsize
-        before, within = within, slot.hf_name.partition(".self_attn.")[0] if ".self_attn." in slot.hf_name else ""
-        if found and size > room and not (within and within == before):
+        layer, inside, _ = slot.hf_name.partition(".self_attn.")
+        goes_on, within = bool(inside) and layer == within, layer if inside else ""
+        if found and size > room and not goes_on:
             yield found
             found, room = {}, max_bytes
         value = read(slot.ours, slot.expert)
